@@ -1,0 +1,94 @@
+"""The definition of the result, quadratic in memory: what every other kernel is compared with.
+
+    s_ij  = cap(scale * q_i . k_j),   cap(x) = softcap * tanh(x / softcap)   (identity when softcap == 0)
+    lse_i = log( sum_j m_ij exp(s_ij) + sum_t exp(z_it) )
+    o_i   = sum_j m_ij exp(s_ij - lse_i) v_j
+
+with m_ij the number of bands through which row i sees column j, and z the sink logits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from magi_attention.mask.bands import INF
+
+
+def multiplicity(table: torch.Tensor, num_rows: int, num_cols: int) -> torch.Tensor:
+    """(num_rows, num_cols) int32 count of the bands that cover each pair. ``table`` is (n, 6)."""
+    rows = torch.arange(num_rows, device=table.device)[:, None]
+    cols = torch.arange(num_cols, device=table.device)[None, :]
+    count = torch.zeros(num_rows, num_cols, dtype=torch.int32, device=table.device)
+    for q0, q1, k0, k1, lo, hi in table.tolist():
+        inside = (rows >= q0) & (rows < q1) & (cols >= k0) & (cols < k1)
+        diagonal = cols - rows
+        count += inside & (diagonal >= max(lo, -INF)) & (diagonal <= min(hi, INF))
+    return count
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    sink: torch.Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    dtype: torch.dtype | None = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention by the formula above; differentiable by autograd.
+
+    Args:
+        q: (T, H, D). k: (S, HK, D) with H % HK == 0. v: (S, HK, DV).
+        table: (n, 6) integer bands.
+        sink: sink logits, "sh" (s_sink, H) or "ssh" (T, s_sink, H), or None.
+        softmax_scale: D ** -0.5 when None.
+        softcap: 0 switches the cap off.
+        dtype: everything is computed in this dtype; None keeps the inputs' dtype and multiplies matrices in it, with
+            the softmax in at least fp32: the plain low-precision formula of the tolerance rule.
+
+    Returns:
+        out (T, H, DV), lse (T, H), max_logits (H,), all in the computing dtype (softmax dtype for the last two).
+    """
+    num_rows, num_heads, head_dim = q.shape
+    group = num_heads // k.shape[1]
+    work = q.dtype if dtype is None else dtype
+    high = torch.promote_types(work, torch.float32)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    count = multiplicity(table, num_rows, k.shape[0]).to(q.device)
+    # Keys that nobody sees may hold NaN: they must not enter a product, not even with weight zero.
+    unseen = (count == 0).all(dim=0)[:, None, None]
+    k_HSD = k.to(work).masked_fill(unseen, 0).repeat_interleave(group, dim=1).transpose(0, 1)
+    v_HSV = v.to(work).masked_fill(unseen, 0).repeat_interleave(group, dim=1).transpose(0, 1)
+    blind = (count == 0).all(dim=1)[:, None, None]
+    q_HTD = q.to(work).masked_fill(blind, 0).transpose(0, 1)
+
+    logits = (q_HTD @ k_HSD.transpose(1, 2)).to(high) * scale
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    visible = (count > 0)[None]
+    max_logits = logits.masked_fill(~visible, -torch.inf).flatten(1)
+    max_logits = max_logits.amax(dim=1) if max_logits.shape[1] else max_logits.new_full((num_heads,), -torch.inf)
+    # log of the multiplicity as a bias makes a doubly covered pair count twice.
+    logits = (logits + count.clamp(min=1).to(high).log()).masked_fill(~visible, -torch.inf)
+    if sink is not None:
+        z = sink.to(high).movedim(-1, 0)
+        z = z[:, None, :].expand(-1, num_rows, -1) if z.dim() == 2 else z
+        logits = torch.cat([logits, z], dim=2)
+    lse = safe_logsumexp(logits)
+    finite = torch.where(torch.isneginf(lse), 0.0, lse)
+    weights = torch.exp(logits[:, :, : k.shape[0]] - finite[:, :, None]).to(work)
+    out = (weights @ v_HSV).transpose(0, 1)
+    return out, lse.transpose(0, 1), max_logits.detach()
+
+
+def safe_logsumexp(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """logsumexp whose value is -inf, and whose gradient is 0, where every term is -inf (or there is no term)."""
+    if x.shape[dim] == 0:
+        return x.sum(dim) - torch.inf
+    top = x.detach().amax(dim=dim, keepdim=True)
+    top = torch.where(torch.isfinite(top), top, 0.0)
+    total = torch.exp(x - top).sum(dim)
+    empty = total == 0
+    return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)) + top.squeeze(dim))
