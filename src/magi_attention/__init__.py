@@ -1,0 +1,45 @@
+"""Exact attention for any mask that is a union of bands.
+
+    from magi_attention import Mask, attention
+    out, meta = attention(q, k, v, Mask.causal(4096))
+
+Names are resolved on first use, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from magi_attention.attention import attention
+    from magi_attention.common.forward_meta import AttnForwardMeta
+    from magi_attention.explain import explain
+    from magi_attention.kernels.select import capabilities
+    from magi_attention.mask import DeviceMask, Mask
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttnForwardMeta": "magi_attention.common.forward_meta",
+    "DeviceMask": "magi_attention.mask",
+    "Mask": "magi_attention.mask",
+    "attention": "magi_attention.attention",
+    "capabilities": "magi_attention.kernels.select",
+    "explain": "magi_attention.explain",
+}
+
+__all__ = ["AttnForwardMeta", "DeviceMask", "Mask", "__version__", "attention", "capabilities", "explain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'magi_attention' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    # A submodule of the same name (attention, explain) is bound on import; the public name is the function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,152 @@
+"""The one verb: exact attention of packed tokens under a mask made of bands."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.errors import check_tensor, check_type, complaint
+from magi_attention.kernels import ops
+from magi_attention.kernels.reference.dense import safe_logsumexp
+from magi_attention.kernels.select import choose_backend, request_of
+from magi_attention.mask.bands import INF
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class BandMask(Protocol):
+    """What attention needs of a mask: ``mask.Mask`` (host) and ``mask.DeviceMask`` (device) both have it."""
+
+    @property
+    def table(self) -> torch.Tensor: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_cols(self) -> int: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BandMask,
+    *,
+    sink: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    return_max_logits: bool = False,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, AttnForwardMeta]:
+    """Exact attention: ``out_i = sum_j exp(s_ij - lse_i) v_j`` over the pairs that ``mask`` shows.
+
+    ``s_ij = softmax_scale * q_i . k_j``, capped to ``softcap * tanh(s / softcap)`` when softcap > 0;
+    ``lse_i = log(sum_j exp(s_ij) + sum_t exp(sink_it))``. A row that sees nothing has out 0, lse -inf (or the sinks'
+    logsumexp) and zero gradients. Differentiable in q, k, v and sink, through out and through lse.
+
+    Args:
+        q: (T, H, D) or (B, T, H, D), fp16, bf16, fp32 or fp64; last stride 1 avoids a copy.
+        k: (S, HK, D) or (B, S, HK, D), same dtype; H % HK == 0, query head h reads K/V head h // (H // HK).
+        v: (S, HK, DV) or (B, S, HK, DV), same dtype.
+        mask: over T rows and S columns, shared by the batch. See ``Mask``.
+        sink: extra logits in the denominator, not scaled, not capped: (s_sink, H), or per row (T, s_sink, H) or
+            (B, T, s_sink, H). Computed in fp32.
+        softmax_scale: D ** -0.5 when None.
+        softcap: 0 is off.
+        dropout_p, alibi_slopes: not available yet; anything but the default raises.
+        return_max_logits: fill ``meta.max_logits`` (H,) fp32: the largest (capped) logit each head saw, -inf if none.
+        deterministic: ask for the same bits every time. Every present backend always gives them.
+        sm_margin: streaming multiprocessors to leave free for communication; the present kernels are not persistent
+            and leave the sharing to the GPU's scheduler, so the value has no effect.
+        backend: "triton", "blockwise" or "dense" by name, or None for the automatic choice; see ``explain``.
+
+    Returns:
+        out (T, H, DV) or (B, T, H, DV) in q's dtype, and ``AttnForwardMeta`` with lse (T, H) or (B, T, H), fp32
+        (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together. NotImplementedError: a feature or a named backend
+            that cannot run this call; the message says why.
+    """
+    _check_arguments(q, k, v, mask, softcap, dropout_p, alibi_slopes, sm_margin)
+    batched = q.dim() == 4
+    if not batched:
+        q, k, v = q[None], k[None], v[None]
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    name = choose_backend(request_of(q, v), backend)
+    out, lse, max_logits = ops.forward(
+        q, k, v, _sink_of(sink, q, batched), mask.table, scale, float(softcap), return_max_logits, name
+    )
+    meta = AttnForwardMeta(lse if batched else lse[0], max_logits if return_max_logits else None)
+    return (out if batched else out[0]), meta
+
+
+def _sink_of(sink: torch.Tensor | None, q: torch.Tensor, batched: bool) -> torch.Tensor | None:
+    """One logit a row and head, (B, T, H): the logsumexp over the sinks, expanded without a copy."""
+    if sink is None:
+        return None
+    batch, num_rows, num_heads, _ = q.shape
+    check_type("sink", sink, torch.Tensor)
+    shapes: tuple[tuple[int | str, ...], ...] = (("s_sink", num_heads), (num_rows, "s_sink", num_heads))
+    if batched:
+        shapes = (*shapes, (batch, num_rows, "s_sink", num_heads))
+    fitting = next((s for s in shapes if len(s) == sink.dim()), shapes[0])
+    check_tensor("sink", sink, shape=fitting, dtypes=_FLOATS, device=q.device, remedy=_SINK_REMEDY)
+    logit = safe_logsumexp(sink.to(ops.stats_dtype(q.dtype)), dim=-2)
+    return logit.expand(batch, num_rows, num_heads)
+
+
+_SINK_REMEDY = 'Layouts: "sh" (s_sink, num_heads) or "ssh" (num_tokens_q, s_sink, num_heads).'
+
+
+def _check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BandMask,
+    softcap: float,
+    dropout_p: float,
+    alibi_slopes: torch.Tensor | None,
+    sm_margin: int,
+) -> None:
+    check_type("q", q, torch.Tensor)
+    if q.dim() not in (3, 4):
+        raise ValueError(complaint("q shape", "(T, H, D) or (B, T, H, D)", tuple(q.shape)))
+    check_tensor("q", q, dtypes=_FLOATS)
+    batch = q.shape[:-3]
+    head_dim = q.shape[-1]
+    check_tensor("k", k, shape=(*batch, "S", "HK", head_dim), dtypes=(q.dtype,), device=q.device)
+    check_tensor("v", v, shape=(*batch, k.shape[-3], k.shape[-2], "DV"), dtypes=(q.dtype,), device=q.device)
+    num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            complaint("heads of q", f"a multiple of the {num_kv_heads} heads of k and v", num_heads)
+        )
+    if head_dim == 0 or v.shape[-1] == 0:
+        raise ValueError(complaint("head dimension", "at least 1", (head_dim, v.shape[-1])))
+    for name in ("table", "num_rows", "num_cols"):
+        if not hasattr(mask, name):
+            raise TypeError(complaint("mask", "a Mask or DeviceMask", type(mask).__name__, "Build one with Mask.causal, ..."))
+    if (mask.num_rows, mask.num_cols) != (q.shape[-3], k.shape[-3]):
+        raise ValueError(
+            complaint("mask size", f"{q.shape[-3]} rows x {k.shape[-3]} columns", f"{mask.num_rows} x {mask.num_cols}")
+        )
+    if mask.table.device.type != "cpu" and mask.table.device != q.device:
+        raise ValueError(complaint("mask.table device", f"cpu or {q.device}", mask.table.device))
+    if max(mask.num_rows, mask.num_cols) >= INF // 2:
+        raise ValueError(complaint("tokens", f"fewer than {INF // 2}", max(mask.num_rows, mask.num_cols)))
+    if softcap < 0:
+        raise ValueError(complaint("softcap", "0 (off) or a positive number", softcap))
+    if sm_margin < 0:
+        raise ValueError(complaint("sm_margin", "0 or a positive number of multiprocessors", sm_margin))
+    if dropout_p != 0.0:
+        raise NotImplementedError(complaint("dropout_p", "0.0", dropout_p, "Dropout is not available."))
+    if alibi_slopes is not None:
+        raise NotImplementedError(complaint("alibi_slopes", "None", "a tensor", "ALiBi is not available."))

@@ -1,0 +1,1 @@
+"""The math: one calling convention, several backends."""

@@ -1,0 +1,100 @@
+"""The registered operators ``magi_attention::forward`` and ``magi_attention::backward``.
+
+Schemas, shapes for tracing and gradients live here; importing this module imports neither Triton nor a kernel.
+Shapes: q (B, T, H, D), k (B, S, HK, D), v (B, S, HK, DV), sink (B, T, H) fp32 (one logit a row and head), bands (n, 6)
+int32 on the CPU or on q's device, out (B, T, H, DV), lse (B, T, H), max_logits (H,).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_FORWARD = (
+    "forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, float softmax_scale, float softcap, "
+    "bool need_max_logits, str backend) -> (Tensor out, Tensor lse, Tensor max_logits)"
+)
+_BACKWARD = (
+    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor out, Tensor lse, "
+    "Tensor bands, float softmax_scale, float softcap, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
+)
+
+_library = torch.library.Library("magi_attention", "DEF")
+_library.define(_FORWARD)
+_library.define(_BACKWARD)
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of lse, max_logits and dsink: fp32, and fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _implementation(backend: str) -> Any:
+    if backend == "triton":
+        from magi_attention.kernels.triton import launch
+
+        return launch
+    if backend == "dense":
+        from magi_attention.kernels.reference import dense_op
+
+        return dense_op
+    from magi_attention.kernels.reference import blockwise
+
+    return blockwise
+
+
+def _forward(q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, backend):  # type: ignore[no-untyped-def]
+    run = _implementation(backend).forward
+    return run(q, k, v, sink, bands, softmax_scale, softcap, need_max_logits)
+
+
+def _backward(dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, backend):  # type: ignore[no-untyped-def]
+    run = _implementation(backend).backward
+    return run(dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
+
+
+@torch.library.register_fake("magi_attention::forward", lib=_library)
+def _forward_shapes(q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, backend):  # type: ignore[no-untyped-def]
+    batch, num_rows, num_heads, _ = q.shape
+    stats = stats_dtype(q.dtype)
+    out = q.new_empty(batch, num_rows, num_heads, v.shape[3])
+    return out, q.new_empty(batch, num_rows, num_heads, dtype=stats), q.new_empty(num_heads, dtype=stats)
+
+
+@torch.library.register_fake("magi_attention::backward", lib=_library)
+def _backward_shapes(dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, backend):  # type: ignore[no-untyped-def]
+    dsink = lse.new_empty(lse.shape if sink is not None else (0,))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, sink, bands, softmax_scale, softcap, _, backend = inputs
+    out, lse, max_logits = output
+    ctx.mark_non_differentiable(max_logits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, sink, bands, out, lse)
+    ctx.scalars = (softmax_scale, softcap, backend)
+
+
+def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: None) -> tuple:
+    q, k, v, sink, bands, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsink = torch.ops.magi_attention.backward.default(
+        dout, dlse, q, k, v, sink, out, lse, bands, *ctx.scalars
+    )
+    return dq, dk, dv, (dsink if sink is not None else None), None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "magi_attention::forward", _differentiate, setup_context=_save_for_backward, lib=_library
+)
+
+forward = torch.ops.magi_attention.forward.default
+"""(out, lse, max_logits) of one backend; differentiable in q, k, v, sink through out and lse."""

@@ -1,0 +1,1 @@
+"""Plain torch: the dense definition and the blockwise CPU kernels."""

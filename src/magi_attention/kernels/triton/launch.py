@@ -1,0 +1,144 @@
+"""Host side of the Triton kernels: tiles by table, plans by cache, one launch per kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
+from magi_attention.kernels.triton.forward import forward_kernel
+from magi_attention.plan.cache import PlanKey, plan_cache
+from magi_attention.plan.tiles import TilePlan
+from magi_attention.plan.tiling import TileConfig, choose_tiles
+
+# K and V of the heads that run together should stay in L2 (60 MB on an H200, shared with everything else).
+_L2_BYTES = 40 << 20
+_ALIGN = 8
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    bands: torch.Tensor,
+    softmax_scale: float,
+    softcap: float,
+    need_max_logits: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, max_logits) of the registered operator, on Triton."""
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    batch, num_rows, num_heads, head_dim = q.shape
+    head_dim_v = v.shape[3]
+    out = q.new_empty(batch, num_rows, num_heads, head_dim_v)
+    lse = torch.empty(batch, num_rows, num_heads, dtype=torch.float32, device=q.device)
+    max_logits = torch.full((num_heads,), -torch.inf, dtype=torch.float32, device=q.device)
+    tile, plan = _plan("forward", q, k, v, bands)
+    wave = _wave(k, v, num_heads)
+    grid = (plan.num_tiles * batch * num_heads,)
+    if grid[0] == 0:
+        return out, lse, max_logits
+    forward_kernel[grid](
+        q, *_strides(q), k, *_strides(k), v, *_strides(v), out, *_strides(out), *_sink_arguments(sink, lse),
+        lse, max_logits, plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_heads, num_heads, wave,
+        num_heads // k.shape[2], num_rows, softmax_scale, softcap,
+        HAS_SINK=sink is not None, HAS_MAX=need_max_logits, SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v,
+        BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_padded(head_dim, head_dim_v), **_options(tile, q),
+    )  # fmt: skip
+    return out, lse, max_logits
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bands: torch.Tensor,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv, dsink) of the registered operator, on Triton; dsink is (B, T, H), or empty without a sink."""
+    q, k, v, dout = _aligned(q), _aligned(k), _aligned(v), _aligned(dout)
+    batch, num_rows, num_heads, head_dim = q.shape
+    num_cols, num_kv_heads, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
+    delta = torch.empty_like(lse)
+    padded = _padded(head_dim, head_dim_v)
+    scalars = (softmax_scale, softcap)
+    shape = dict(SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v, **padded)
+    if num_rows and batch:
+        delta_kernel[(triton.cdiv(num_rows, 64), num_heads, batch)](
+            out, *_strides(out), dout, *_strides(dout), *_sink_arguments(sink, lse), *_sink_arguments(dlse, lse),
+            lse, delta, dsink, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
+            DV=head_dim_v, BLOCK_M=64, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
+        )  # fmt: skip
+
+    tile, plan = _plan("backward_dkdv", q, k, v, bands)
+    if plan.num_tiles and batch:
+        dkdv_kernel[(plan.num_tiles * batch * num_kv_heads,)](
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), dk, *_strides(dk),
+            dv, *_strides(dv), lse, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles,
+            batch * num_kv_heads, num_kv_heads, _wave(q, dout, num_kv_heads), num_heads // num_kv_heads, num_rows,
+            *scalars, BLOCK_M=tile.block_cols, BLOCK_N=tile.block_rows, **shape, **_options(tile, q),
+        )  # fmt: skip
+    tile, plan = _plan("backward_dq", q, k, v, bands)
+    if plan.num_tiles and batch:
+        dq_kernel[(plan.num_tiles * batch * num_heads,)](
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), dq, *_strides(dq),
+            lse, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_heads, num_heads,
+            _wave(k, v, num_heads), num_heads // num_kv_heads, num_rows, *scalars,
+            BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **shape, **_options(tile, q),
+        )  # fmt: skip
+    return dq, dk, dv, dsink
+
+
+def _plan(
+    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: torch.Tensor
+) -> tuple[TileConfig, TilePlan]:
+    tile = choose_tiles(kernel, max(q.shape[3], v.shape[3]), q.element_size())
+    key = PlanKey(q.shape[1], k.shape[1], tile.block_rows, tile.block_cols, kernel == "backward_dkdv", q.device)
+    return tile, plan_cache.plan_for(bands, key)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x`` if the kernels can read it in place (last stride 1, the others whole 16-byte steps), else a copy."""
+    in_place = x.stride(3) == 1 and x.data_ptr() % 16 == 0
+    in_place = in_place and all(s % _ALIGN == 0 for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1)
+    return x if in_place else x.contiguous()
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    """Batch, token and head strides; the stride of an axis of length one is arbitrary and becomes 0."""
+    return [s if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+
+
+def _sink_arguments(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
+    """Pointer and strides of an optional fp32 (B, T, H) tensor; ``stand_in`` is passed and never read when absent."""
+    return (stand_in, 0, 0, 0) if x is None else (x, *x.stride())
+
+
+def _wave(x: torch.Tensor, y: torch.Tensor, num_heads: int) -> int:
+    """How many heads to run side by side, so that what they all read (``x`` and ``y``, per head) fits in L2."""
+    shared_heads = x.shape[2]
+    per_head = x.shape[1] * (x.shape[3] + y.shape[3]) * x.element_size()
+    fitting = max(1, _L2_BYTES // max(per_head, 1))
+    while shared_heads % fitting:
+        fitting -= 1
+    return max(1, min(fitting, shared_heads) * num_heads // shared_heads)
+
+
+def _padded(head_dim: int, head_dim_v: int) -> dict[str, int]:
+    return dict(
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v))
+    )
+
+
+def _options(tile: TileConfig, q: torch.Tensor) -> dict:
+    # fp32 inputs ask for fp32 products, not tf32.
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    return dict(PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages)

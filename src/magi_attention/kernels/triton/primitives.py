@@ -1,0 +1,86 @@
+"""Small pieces that the Triton kernels are written in: tiles, bands, runs and scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def program_of(TILES, num_tiles, num_heads, wave):
+    """(tile entry, batch * heads index) of this program.
+
+    Programs go through the heads ``wave`` at a time, so that tiles which run together share K and V in L2; inside a
+    wave the longest tiles go first.
+    """
+    pid = tl.program_id(0)
+    per_wave = num_tiles * wave
+    first_head = pid // per_wave * wave
+    within = pid % per_wave
+    here = tl.minimum(wave, num_heads - first_head)
+    return TILES + 4 * (within // here), first_head + within % here
+
+
+@triton.jit
+def load_band(BANDS, n):
+    """The six numbers of band ``n``: q0, q1, k0, k1, lo, hi."""
+    band = BANDS + 6 * n
+    return (
+        tl.load(band),
+        tl.load(band + 1),
+        tl.load(band + 2),
+        tl.load(band + 3),
+        tl.load(band + 4),
+        tl.load(band + 5),
+    )
+
+
+@triton.jit
+def run_of(row_begin, row_end, q0, q1, k0, k1, lo, hi, BLOCK_COLS: tl.constexpr):
+    """The tile's run in a band, as in plan.tiles.run_geometry: first, last, num_blocks, full_begin, full_end."""
+    inside = (q0 <= row_begin) & (row_begin < q1)
+    first = tl.maximum(k0, row_begin + lo)
+    last = tl.where(inside, tl.minimum(k1, row_end + hi), first)
+    num_blocks = (tl.maximum(last - first, 0) + BLOCK_COLS - 1) // BLOCK_COLS
+    all_from = tl.maximum(k0, row_end - 1 + lo)
+    all_to = tl.minimum(k1, row_begin + hi + 1)
+    full_begin = tl.minimum((all_from - first + BLOCK_COLS - 1) // BLOCK_COLS, num_blocks)
+    full_end = tl.minimum(tl.maximum(all_to - first, 0) // BLOCK_COLS, num_blocks)
+    return first, last, num_blocks, full_begin, tl.maximum(full_end, full_begin)
+
+
+@triton.jit
+def visible(rows, cols, last, lo, hi):
+    """Which (row, col) pairs of a partial block the band shows; columns start at the run's first one."""
+    diagonal = cols[None, :] - rows[:, None]
+    return (cols < last)[None, :] & (diagonal >= lo) & (diagonal <= hi)
+
+
+@triton.jit
+def load_rows(pointer, rows, stride, dims, mask_rows, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """(rows, dims) tile; with ROWS, rows outside ``mask_rows`` read as zero (they may hold NaN)."""
+    at = pointer + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    if DIM == BLOCK_DIM:
+        if ROWS:
+            return tl.load(at, mask=mask_rows[:, None], other=0.0)
+        else:
+            return tl.load(at)
+    else:
+        if ROWS:
+            return tl.load(at, mask=mask_rows[:, None] & (dims < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=(dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * x) + 1.0)
+
+
+@triton.jit
+def head_of(pointer, batch, head, stride_b, stride_h):
+    """Start of one head. Strides are multiples of 8 elements: keep that known, or 16-byte loads are lost."""
+    return pointer + tl.multiple_of(batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h, 8)

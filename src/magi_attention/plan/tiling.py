@@ -1,0 +1,56 @@
+"""Tile sizes by table: a pure function of the kernel, the head dimension and the element size. No timing at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of one kernel: ``block_rows`` owned rows, ``block_cols`` columns a step, and Triton's launch options."""
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_rows", "block_cols"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"TileConfig {name}: expected a power of two >= 16, got {size}.")
+
+
+# kernel -> largest padded head dimension -> tile, for 2-byte elements.
+_TRITON_TILES: dict[str, dict[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(128, 128, 8, 3),
+        128: TileConfig(128, 64, 8, 3),
+        256: TileConfig(128, 32, 8, 2),
+    },
+    "backward_dq": {
+        64: TileConfig(128, 64, 8, 3),
+        128: TileConfig(128, 64, 8, 2),
+        256: TileConfig(64, 32, 4, 1),
+    },
+    "backward_dkdv": {
+        64: TileConfig(128, 64, 8, 3),
+        128: TileConfig(128, 64, 8, 2),
+        256: TileConfig(64, 32, 8, 1),
+    },
+}
+
+_SMALL_TILE = TileConfig(32, 32, 4, 1)
+
+
+def choose_tiles(kernel: str, head_dim: int, element_size: int) -> TileConfig:
+    """Tile of a Triton kernel ("forward", "backward_dq", "backward_dkdv").
+
+    Args:
+        head_dim: the larger of the q/k and the v head dimension, at most 256.
+        element_size: bytes of an input element; 4-byte inputs take a small tile that fits shared memory.
+    """
+    if element_size > 2:
+        return _SMALL_TILE
+    table = _TRITON_TILES[kernel]
+    return table[min(size for size in table if size >= head_dim)]
