@@ -19,8 +19,8 @@ class Shape:
     """The sizes of a decoder. ``attention_dtype`` is what q, k and v are rounded to before attention."""
 
     vocabulary: int
-    attention_dtype: torch.dtype = torch.float32
-    backend: str | None = None
+    attention_dtype: torch.dtype
+    backend: str
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2

@@ -33,6 +33,7 @@ from packing import IGNORED, MASKS, VOCABULARY, Packed, mask_for, packed_steps, 
 from report import print_table, progress_bar, save_pictures
 
 from magi_attention import Mask
+from magi_attention.kernels.select import BACKENDS, Request, choose_backend, refusal
 
 LEARNING_RATE = 4e-3
 CLIP_NORM = 1.0
@@ -67,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=int, help="tokens per step (4096 on a CPU, 32768 on a GPU)")
     add("--seed", type=int, default=0, help="the same seed on the same machine is the same run (0)")
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU when there is one)")
-    add("--backend", help="attention backend by name (the library chooses)")
+    add("--backend", choices=BACKENDS, help="attention backend (the library chooses)")
     add("--out", type=Path, default=Path("out"), help="folder for loss.png and mask.png (out)")
     add("--json", type=Path, help="write the summary to this file, too")
     arguments = parser.parse_args()
@@ -81,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 def check(arguments: argparse.Namespace) -> None:
     """Fill in the defaults that depend on other arguments; ValueError with one line for what cannot work."""
     arguments.device = available_device(arguments.device)
+    arguments.attention_dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
     if arguments.tokens is None:
         arguments.tokens = 32768 if arguments.device.type == "cuda" else 4096
     for name, (mask, default) in OF_ONE_MASK.items():
@@ -93,6 +95,10 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"argument {flag(name)}: expected at least {lowest}, got {getattr(arguments, name)}"
             )
+    request = Request(arguments.device.type, arguments.attention_dtype, Shape.head_dim, Shape.head_dim)
+    if arguments.backend and (reason := refusal(arguments.backend, request)):
+        raise ValueError(f"argument --backend: {arguments.backend} cannot run here: {reason}")
+    arguments.backend = choose_backend(request, arguments.backend)
     for name, folder in (("out", arguments.out), ("json", arguments.json and arguments.json.parent)):
         try:
             if folder is not None:
@@ -120,10 +126,10 @@ def available_device(name: str | None) -> torch.device:
 
 
 def make_model(arguments: argparse.Namespace) -> Decoder:
-    """A decoder with seeded fp32 weights; on a GPU its queries, keys and values are bf16."""
+    """A decoder with seeded fp32 weights."""
     torch.manual_seed(arguments.seed)
-    dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
-    return Decoder(Shape(VOCABULARY, dtype, arguments.backend)).to(arguments.device)
+    shape = Shape(VOCABULARY, arguments.attention_dtype, arguments.backend)
+    return Decoder(shape).to(arguments.device)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -183,7 +189,7 @@ def summarize(history: list[Step], errors: list[Comparison], arguments: argparse
     return {
         "mask": arguments.mask,
         "device": str(arguments.device),
-        "backend": arguments.backend or "chosen by the library",
+        "backend": arguments.backend,
         "steps": len(history),
         "tokens_per_step": arguments.tokens,
         "documents": sum(step.documents for step in history),
