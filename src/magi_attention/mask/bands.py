@@ -4,8 +4,8 @@ Row ``i`` sees column ``j`` through the band ``(q0, q1, k0, k1, lo, hi)`` iff
 
     q0 <= i < q1,   k0 <= j < k1,   lo <= j - i <= hi.
 
-``lo = -INF`` and ``hi = INF`` switch a diagonal off. The functions here take and return int64 tables of shape (n, 6);
-bands are closed under every one of them.
+``lo = -INF`` and ``hi = INF`` switch a diagonal off. The functions here take and return int64 tables of
+shape (n, 6); bands are closed under every one of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
+
+from magi_attention.errors import complaint
 
 INF = 1 << 30
 """A diagonal at or beyond ``INF`` does not cut. Token counts must stay below ``INF // 2``."""
@@ -24,8 +26,22 @@ Q0, Q1, K0, K1, LO, HI = range(6)
 
 
 def as_bands(table: object) -> Bands:
-    """(n, 6) int64 copy of ``table`` with diagonals clamped to [-INF, INF]."""
-    bands = np.array(table, dtype=np.int64).reshape(-1, 6)
+    """(n, 6) int64 copy of ``table`` with diagonals clamped to [-INF, INF].
+
+    Raises:
+        ValueError: not six columns.
+        TypeError: not integers.
+    """
+    raw = np.asarray(table)
+    if raw.size == 0:
+        return np.zeros((0, 6), dtype=np.int64)
+    if raw.ndim > 2 or raw.shape[-1] != 6:
+        raise ValueError(complaint("bands shape", "(n, 6): q0, q1, k0, k1, lo, hi", raw.shape))
+    if raw.dtype.kind not in "iu":
+        raise TypeError(
+            complaint("bands dtype", "integers", raw.dtype, "Use INF for a diagonal that is off.")
+        )
+    bands = raw.astype(np.int64).reshape(-1, 6)
     bands[:, LO:] = np.clip(bands[:, LO:], -INF, INF)
     return bands
 
@@ -63,7 +79,7 @@ def clip(bands: Bands, rows: tuple[int, int], cols: tuple[int, int]) -> Bands:
 
 
 def tighten(bands: Bands) -> Bands:
-    """Shrink each band to the rows and columns that it really uses; an empty band becomes (0, 0, 0, 0, -INF, INF)."""
+    """Shrink each band to the rows and columns that it uses; an empty one becomes (0, 0, 0, 0, -INF, INF)."""
     q0 = np.maximum(bands[:, Q0], bands[:, K0] - bands[:, HI])
     q1 = np.minimum(bands[:, Q1], bands[:, K1] - bands[:, LO])
     k0 = np.maximum(bands[:, K0], q0 + bands[:, LO])
@@ -81,7 +97,7 @@ def _triangle(n: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _pairs_below(bands: Bands, diagonal: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number of pairs of each rectangle with ``j - i <= diagonal``: sum over rows of clip(i + d + 1 - k0, 0, width)."""
+    """Pairs of each rectangle with ``j - i <= d``: sum over its rows of clip(i + d + 1 - k0, 0, width)."""
     q0, q1, k0, k1 = bands[:, Q0], bands[:, Q1], bands[:, K0], bands[:, K1]
     width = np.maximum(k1 - k0, 0)
 
@@ -104,15 +120,29 @@ def _finite(bands: Bands, which: int) -> NDArray[np.int64]:
     return np.clip(bands[:, which], lowest, highest)
 
 
-def canonical(bands: Bands) -> Bands:
-    """Tight, without empty bands, inactive diagonals at infinity, sorted: equal tables for reordered equal lists."""
+def is_empty(bands: Bands) -> NDArray[np.bool_]:
+    """Which bands of a tight table hold no pair."""
+    return bands[:, Q1] <= bands[:, Q0]
+
+
+def compact(bands: Bands) -> Bands:
+    """Tight bands without the empty ones, in the same order."""
     tight = tighten(bands)
-    tight = tight[tight[:, Q1] > tight[:, Q0]]
-    lo_cuts = tight[:, LO] > tight[:, K0] - (tight[:, Q1] - 1)
-    hi_cuts = tight[:, HI] < tight[:, K1] - 1 - tight[:, Q0]
-    tight[:, LO] = np.where(lo_cuts, tight[:, LO], -INF)
-    tight[:, HI] = np.where(hi_cuts, tight[:, HI], INF)
-    return tight[np.lexsort(tight.T[::-1])]
+    return tight[~is_empty(tight)]
+
+
+def relax(tight: Bands) -> Bands:
+    """Tight bands with diagonals that cut nothing off their rectangle moved to infinity."""
+    relaxed = tight.copy()
+    relaxed[tight[:, LO] <= tight[:, K0] - (tight[:, Q1] - 1), LO] = -INF
+    relaxed[tight[:, HI] >= tight[:, K1] - 1 - tight[:, Q0], HI] = INF
+    return relaxed
+
+
+def canonical(bands: Bands) -> Bands:
+    """Tight, none empty, idle diagonals at infinity, sorted: equal tables for reordered equal lists."""
+    relaxed = relax(compact(bands))
+    return relaxed[np.lexsort(relaxed.T[::-1])]
 
 
 def fingerprint(bands: Bands, num_rows: int, num_cols: int) -> str:
@@ -140,36 +170,64 @@ def overlapping_intervals(
 def localise(bands: Bands, row_ranges: NDArray[np.int64], col_ranges: NDArray[np.int64]) -> Bands:
     """Bands in the coordinates of concatenated row ranges x concatenated column ranges.
 
-    ``row_ranges`` (m, 2) and ``col_ranges`` (p, 2) are disjoint global intervals; local row 0 is the first row of the
-    first range, and so on in the order given. What no pair of ranges holds is dropped.
+    ``row_ranges`` (m, 2) and ``col_ranges`` (p, 2) are disjoint global intervals; local row 0 is the first
+    row of the first range, and so on in the order given. What no pair of ranges holds is dropped.
     """
-    pieces = tighten(bands)
-    pieces = pieces[pieces[:, Q1] > pieces[:, Q0]]
-    pieces = _localise_rows(pieces, np.asarray(row_ranges, dtype=np.int64).reshape(-1, 2))
-    pieces = transpose(_localise_rows(transpose(pieces), np.asarray(col_ranges, dtype=np.int64).reshape(-1, 2)))
-    return pieces
+    by_rows = _localise_rows(compact(bands), row_ranges)
+    return transpose(_localise_rows(transpose(by_rows), col_ranges))
 
 
 def _localise_rows(bands: Bands, ranges: NDArray[np.int64]) -> Bands:
-    lengths = ranges[:, 1] - ranges[:, 0]
-    local_start = np.cumsum(lengths) - lengths
-    order = np.argsort(ranges[:, 0], kind="stable")
-    ordered = ranges[order]
-    which, segment = overlapping_intervals(bands[:, Q0], bands[:, Q1], ordered)
+    joined = _join_neighbours(np.asarray(ranges, dtype=np.int64).reshape(-1, 2))
+    lengths = joined[:, 1] - joined[:, 0]
+    offsets = np.cumsum(lengths) - lengths - joined[:, 0]
+    order = np.argsort(joined[:, 0])
+    pieces, _, segment = split(bands, joined[order])
+    offset = offsets[order][segment]
+    pieces[:, Q0 : Q1 + 1] += offset[:, None]
+    pieces[:, LO:] = shift_diagonal(pieces[:, LO:], -offset[:, None])
+    return compact(pieces)
+
+
+def _join_neighbours(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same tokens in the same order: ranges that continue their predecessor joined to it, none empty."""
+    ranges = ranges[ranges[:, 1] > ranges[:, 0]]
+    first = np.ones(len(ranges), dtype=bool)
+    first[1:] = ranges[1:, 0] != ranges[:-1, 1]
+    last = np.append(first[1:], True) if len(ranges) else first
+    return np.stack([ranges[first, 0], ranges[last, 1]], axis=1)
+
+
+def split(
+    bands: Bands, segments: NDArray[np.int64], start: int = Q0
+) -> tuple[Bands, NDArray[np.int64], NDArray[np.int64]]:
+    """Each band cut to each of the segments that it meets.
+
+    ``segments`` (m, 2) are sorted and disjoint, of rows when ``start`` is ``Q0``, of columns when it is
+    ``K0``. Returns the pieces, and for each the index of its band and of its segment.
+    """
+    which, segment = overlapping_intervals(bands[:, start], bands[:, start + 1], segments)
     pieces = bands[which]
-    pieces[:, Q0] = np.maximum(pieces[:, Q0], ordered[segment, 0])
-    pieces[:, Q1] = np.minimum(pieces[:, Q1], ordered[segment, 1])
-    offset = local_start[order][segment] - ordered[segment, 0]
-    pieces[:, Q0] += offset
-    pieces[:, Q1] += offset
-    pieces[:, LO] = shift_diagonal(pieces[:, LO], -offset)
-    pieces[:, HI] = shift_diagonal(pieces[:, HI], -offset)
-    tight = tighten(pieces)
-    return tight[tight[:, Q1] > tight[:, Q0]]
+    pieces[:, start] = np.maximum(pieces[:, start], segments[segment, 0])
+    pieces[:, start + 1] = np.minimum(pieces[:, start + 1], segments[segment, 1])
+    return pieces, which, segment
+
+
+def cell_areas(bands: Bands, row_edges: NDArray[np.int64], col_edges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Visible pairs in each cell of a grid, a pair counted once per band that covers it.
+
+    ``row_edges`` (m + 1,) and ``col_edges`` (p + 1,) strictly increase. Returns an (m, p) table.
+    """
+    num_rows, num_cols = len(row_edges) - 1, len(col_edges) - 1
+    strips, _, row = split(compact(bands), np.stack([row_edges[:-1], row_edges[1:]], axis=1), Q0)
+    cells, strip, col = split(tighten(strips), np.stack([col_edges[:-1], col_edges[1:]], axis=1), K0)
+    counts = np.zeros(num_rows * num_cols, dtype=np.int64)
+    np.add.at(counts, row[strip] * num_cols + col, areas(cells))
+    return counts.reshape(num_rows, num_cols)
 
 
 def row_intervals(bands: Bands, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First visible and one past the last visible column of each row in each band: two (n, len(rows)) arrays."""
+    """First and one past the last visible column of each row in each band: two (n, len(rows)) arrays."""
     inside = (rows >= bands[:, Q0, None]) & (rows < bands[:, Q1, None])
     left = np.maximum(bands[:, K0, None], rows + bands[:, LO, None])
     right = np.minimum(bands[:, K1, None], rows + bands[:, HI, None] + 1)
