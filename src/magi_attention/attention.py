@@ -80,6 +80,8 @@ def attention(
     if not batched:
         q, k, v = q[None], k[None], v[None]
     scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if scale < 0:  # kernels keep a running maximum of scaled scores
+        q, scale = -q, -scale
     name = choose_backend(request_of(q, v), backend)
     out, lse, max_logits = ops.forward(
         q, k, v, _sink_of(sink, q, batched), mask.table, scale, float(softcap), return_max_logits, name

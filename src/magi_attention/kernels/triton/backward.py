@@ -7,6 +7,7 @@
 
 ``dq`` walks the forward plan; ``dk``/``dv`` walk the plan of the transposed mask, where a tile owns keys and the columns
 are queries, and sum over the query heads of a group inside the program.
+Strides of the (B, T, H, D) tensors are in units of 8 elements.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from magi_attention.kernels.triton.primitives import (
     load_band,
     load_rows,
     program_of,
+    rows_at,
     run_of,
     tanh,
     visible,
@@ -48,8 +50,8 @@ def delta_kernel(
     dims = tl.arange(0, BLOCK_DV)
     out_head = head_of(OUT, batch, head, stride_ob, stride_oh)
     dout_head = head_of(DOUT, batch, head, stride_gb, stride_gh)
-    out = load_rows(out_head, rows, tl.multiple_of(stride_ot, 8), dims, live, True, DV, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_head, rows, tl.multiple_of(stride_gt, 8), dims, live, True, DV, BLOCK_DV).to(tl.float32)
+    out = load_rows(out_head, rows, stride_ot, dims, live, True, DV, BLOCK_DV).to(tl.float32)
+    dout = load_rows(dout_head, rows, stride_gt, dims, live, True, DV, BLOCK_DV).to(tl.float32)
     # A row that sees nothing has out = 0 whatever its dout holds.
     delta = tl.sum(tl.where(out == 0.0, 0.0, out * dout), 1)
     if HAS_DLSE:
@@ -138,14 +140,12 @@ def dq_kernel(
     K = head_of(K, batch, head // group, stride_kb, stride_kh)
     V = head_of(V, batch, head // group, stride_vb, stride_vh)
     DOUT = head_of(DOUT, batch, head, stride_gb, stride_gh)
-    stride_kt = tl.multiple_of(stride_kt, 8)
-    stride_vt = tl.multiple_of(stride_vt, 8)
 
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     rows = row_begin + tl.arange(0, BLOCK_M)
     live = rows < row_end
-    q = load_rows(Q, rows, tl.multiple_of(stride_qt, 8), dims, live, True, D, BLOCK_D)
-    dout = load_rows(DOUT, rows, tl.multiple_of(stride_gt, 8), dims_v, live, True, DV, BLOCK_DV)
+    q = load_rows(Q, rows, stride_qt, dims, live, True, D, BLOCK_D)
+    dout = load_rows(DOUT, rows, stride_gt, dims_v, live, True, DV, BLOCK_DV)
     at = (batch.to(tl.int64) * num_rows + rows) * heads_per_batch + head
     lse2 = tl.load(LSE + at, mask=live, other=float("inf")) * LOG2E
     delta = tl.load(DELTA + at, mask=live, other=0.0)
@@ -164,8 +164,7 @@ def dq_kernel(
             dq, q, dout, lse2, delta, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, 0, num_blocks - num_full,
             full_begin, num_full, scale, softcap, True, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-    out = head_of(DQ, batch, head, stride_db, stride_dh)
-    out = out + rows.to(tl.int64)[:, None] * tl.multiple_of(stride_dt, 8) + dims[None, :]
+    out = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), rows, stride_dt, dims)
     tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
 
 
@@ -232,8 +231,6 @@ def dkdv_kernel(
     batch, kv_head = batch_head // heads_per_batch, batch_head % heads_per_batch
     K = head_of(K, batch, kv_head, stride_kb, stride_kh)
     V = head_of(V, batch, kv_head, stride_vb, stride_vh)
-    stride_qt = tl.multiple_of(stride_qt, 8)
-    stride_gt = tl.multiple_of(stride_gt, 8)
 
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     keys = key_begin + tl.arange(0, BLOCK_N)
@@ -241,8 +238,8 @@ def dkdv_kernel(
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     # Keys that nobody sees have an empty list: never load them.
     live_and_seen = live & (list_count > 0)
-    k = load_rows(K, keys, tl.multiple_of(stride_kt, 8), dims, live_and_seen, True, D, BLOCK_D)
-    v = load_rows(V, keys, tl.multiple_of(stride_vt, 8), dims_v, live_and_seen, True, DV, BLOCK_DV)
+    k = load_rows(K, keys, stride_kt, dims, live_and_seen, True, D, BLOCK_D)
+    v = load_rows(V, keys, stride_vt, dims_v, live_and_seen, True, DV, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -268,9 +265,7 @@ def dkdv_kernel(
                 keys, first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full, scale, softcap,
                 True, SOFTCAP, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-    out = head_of(DK, batch, kv_head, stride_dkb, stride_dkh)
-    out = out + keys.to(tl.int64)[:, None] * tl.multiple_of(stride_dkt, 8) + dims[None, :]
+    out = rows_at(head_of(DK, batch, kv_head, stride_dkb, stride_dkh), keys, stride_dkt, dims)
     tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
-    out = head_of(DV_OUT, batch, kv_head, stride_dvb, stride_dvh)
-    out = out + keys.to(tl.int64)[:, None] * tl.multiple_of(stride_dvt, 8) + dims_v[None, :]
+    out = rows_at(head_of(DV_OUT, batch, kv_head, stride_dvb, stride_dvh), keys, stride_dvt, dims_v)
     tl.store(out, dv.to(DV_OUT.dtype.element_ty), mask=live[:, None] & (dims_v < DV)[None, :])

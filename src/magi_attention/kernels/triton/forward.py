@@ -16,6 +16,7 @@ from magi_attention.kernels.triton.primitives import (
     load_band,
     load_rows,
     program_of,
+    rows_at,
     run_of,
     tanh,
     visible,
@@ -87,7 +88,10 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``num_heads`` counts batch * heads; ``group`` query heads share one K/V head."""
+    """``num_heads`` counts batch * heads; ``group`` query heads share one K/V head; ``scale`` is not negative.
+
+    Strides of Q, K, V and OUT are in units of 8 elements.
+    """
     entry, batch_head = program_of(TILES, num_tiles, num_heads, wave)
     row_begin, row_end = tl.load(entry), tl.load(entry + 1)
     if row_begin >= row_end:
@@ -96,16 +100,10 @@ def forward_kernel(
     Q = head_of(Q, batch, head, stride_qb, stride_qh)
     K = head_of(K, batch, head // group, stride_kb, stride_kh)
     V = head_of(V, batch, head // group, stride_vb, stride_vh)
-    stride_qt = tl.multiple_of(stride_qt, 8)
-    stride_kt = tl.multiple_of(stride_kt, 8)
-    stride_vt = tl.multiple_of(stride_vt, 8)
 
     rows = row_begin + tl.arange(0, BLOCK_M)
     live = rows < row_end
     q = load_rows(Q, rows, stride_qt, tl.arange(0, BLOCK_D), live, True, D, BLOCK_D)
-    if scale < 0:  # the running maximum scales scores by a positive number
-        q = -q
-    scale = tl.abs(scale)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -141,6 +139,5 @@ def forward_kernel(
     row_head = (batch.to(tl.int64) * num_rows + rows) * heads_per_batch + head
     tl.store(LSE + row_head, lse, mask=live)
     dims_v = tl.arange(0, BLOCK_DV)
-    out = head_of(OUT, batch, head, stride_ob, stride_oh)
-    out = out + rows.to(tl.int64)[:, None] * tl.multiple_of(stride_ot, 8) + dims_v[None, :]
+    out = rows_at(head_of(OUT, batch, head, stride_ob, stride_oh), rows, stride_ot, dims_v)
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=live[:, None] & (dims_v < DV)[None, :])

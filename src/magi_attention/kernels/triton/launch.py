@@ -113,8 +113,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _strides(x: torch.Tensor) -> list[int]:
-    """Batch, token and head strides; the stride of an axis of length one is arbitrary and becomes 0."""
-    return [s if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+    """Batch, token and head strides in units of 8 elements; that of an axis of length one is arbitrary: 0."""
+    return [s // _ALIGN if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
 
 
 def _sink_arguments(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:

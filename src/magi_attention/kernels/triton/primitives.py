@@ -60,9 +60,15 @@ def visible(rows, cols, last, lo, hi):
 
 
 @triton.jit
+def rows_at(pointer, rows, stride, dims):
+    """Pointers of a (rows, dims) tile. Strides come in units of 8 elements, so that 16-byte accesses are provable."""
+    return pointer + rows.to(tl.int64)[:, None] * (stride * 8) + dims[None, :]
+
+
+@triton.jit
 def load_rows(pointer, rows, stride, dims, mask_rows, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """(rows, dims) tile; with ROWS, rows outside ``mask_rows`` read as zero (they may hold NaN)."""
-    at = pointer + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    at = rows_at(pointer, rows, stride, dims)
     if DIM == BLOCK_DIM:
         if ROWS:
             return tl.load(at, mask=mask_rows[:, None], other=0.0)
@@ -82,5 +88,5 @@ def tanh(x):
 
 @triton.jit
 def head_of(pointer, batch, head, stride_b, stride_h):
-    """Start of one head. Strides are multiples of 8 elements: keep that known, or 16-byte loads are lost."""
-    return pointer + tl.multiple_of(batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h, 8)
+    """Start of one head; strides in units of 8 elements."""
+    return pointer + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h) * 8

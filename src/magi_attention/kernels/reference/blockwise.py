@@ -1,0 +1,254 @@
+"""The CPU default: exact attention tile by tile with torch operations, memory linear in tokens, any device and dtype.
+
+It walks the same plan as the GPU kernels. Each step multiplies one tile of query rows with one chunk of the columns
+that the tile sees, for a few heads at a time, so that the scores stay in cache; chunks are merged by log-sum-exp.
+Half precision is computed in fp32.
+
+Axes: T query rows, S key rows, K kv heads, G query heads of one kv head, R = G * tile rows (folded together, because
+they multiply the same keys), C columns of a chunk, D and V head dimensions of q/k and of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from magi_attention.plan.cache import PlanKey, plan_cache
+from magi_attention.plan.tiles import run_geometry
+
+_CHUNK_COLS = 1024
+_TILE_ROWS = 256
+# Scores of one step: about 2 MB in fp32, what two cores' caches hold.
+_STEP_SCORES = 1 << 19
+# Stands for -inf inside a chunk: torch.softmax of a row of -inf would be NaN.
+_HIDDEN = -1e30
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Columns [begin, end) of one run; [0, left) and [right, end - begin) are partial: there the diagonals cut."""
+
+    begin: int
+    end: int
+    left: int
+    right: int
+    lo: int
+    hi: int
+
+    def hide(self, scores: torch.Tensor, row_begin: int, num_rows: int) -> None:
+        """Overwrite the scores (K, R, C) of invisible pairs, in place."""
+        scores = scores.view(scores.shape[0], -1, num_rows, scores.shape[2])
+        for first, last in ((0, self.left), (self.right, self.end - self.begin)):
+            if first < last:
+                rows = torch.arange(row_begin, row_begin + num_rows, device=scores.device)[:, None]
+                cols = torch.arange(self.begin + first, self.begin + last, device=scores.device)
+                diagonal = cols - rows
+                scores[..., first:last].masked_fill_((diagonal < self.lo) | (diagonal > self.hi), _HIDDEN)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    row_begin: int
+    row_end: int
+    chunks: list[_Chunk]
+
+
+def _tiles(q: torch.Tensor, k: torch.Tensor, bands: torch.Tensor) -> Iterator[_Tile]:
+    """Tiles that see something, with what they see."""
+    group = q.shape[2] // k.shape[2]
+    block_rows = max(32, _TILE_ROWS // group)
+    key = PlanKey(q.shape[1], k.shape[1], block_rows, 1, False, torch.device("cpu"))
+    plan = plan_cache.plan_for(bands.cpu(), key)
+    tiles, band_list = plan.tiles.numpy().astype(np.int64), plan.band_list.numpy()
+    table = plan.bands.numpy().astype(np.int64)
+    for row_begin, row_end, begin, count in tiles:
+        if count == 0:
+            continue
+        seen = table[band_list[begin : begin + count]]
+        runs = run_geometry(np.full(count, row_begin), np.full(count, row_end), seen, 1)
+        chunks: list[_Chunk] = []
+        for first, last, _, full_begin, full_end, band in zip(*(r.tolist() for r in runs), seen, strict=True):
+            chunks += _cut(first, last, first + full_begin, first + full_end, int(band[4]), int(band[5]))
+        yield _Tile(int(row_begin), int(row_end), chunks)
+
+
+def _cut(first: int, last: int, full_begin: int, full_end: int, lo: int, hi: int) -> Iterator[_Chunk]:
+    """A run in chunks of nearly equal width; columns [full_begin, full_end) need no mask."""
+    pieces = -(-(last - first) // _CHUNK_COLS)
+    edges = [first + (last - first) * n // pieces for n in range(pieces + 1)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        left = min(max(full_begin, begin), end) - begin
+        right = min(max(full_end, begin + left), end) - begin
+        yield _Chunk(begin, end, left, right, lo, hi)
+
+
+def _fold(x: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, H, D) -> (K, G * rows, D)."""
+    rows, _, dim = x.shape
+    return x.to(dtype).view(rows, num_kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, dim)
+
+
+def _unfold(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(K, G * rows, D) -> (rows, H, D)."""
+    return x.view(x.shape[0], -1, num_rows, x.shape[2]).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _by_head(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(S, K, D) -> contiguous (K, S, D)."""
+    return x.to(dtype).transpose(0, 1).contiguous()
+
+
+def _head_steps(num_kv_heads: int, folded_rows: int) -> Iterator[slice]:
+    step = max(1, _STEP_SCORES // (folded_rows * _CHUNK_COLS))
+    for begin in range(0, num_kv_heads, step):
+        yield slice(begin, min(begin + step, num_kv_heads))
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    bands: torch.Tensor,
+    softmax_scale: float,
+    softcap: float,
+    need_max_logits: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, max_logits) of the registered operator."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    batch, num_rows, num_heads, _ = q.shape
+    num_kv_heads = k.shape[2]
+    out = q.new_zeros(batch, num_rows, num_heads, v.shape[3])
+    lse = q.new_full((batch, num_rows, num_heads), -torch.inf, dtype=work)
+    max_logits = q.new_full((num_kv_heads, num_heads // num_kv_heads), -torch.inf, dtype=work)
+    for b in range(batch):
+        k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
+        for tile in _tiles(q, k, bands):
+            rows = slice(tile.row_begin, tile.row_end)
+            height = tile.row_end - tile.row_begin
+            q_KRD = _fold(q[b, rows], num_kv_heads, work) * softmax_scale
+            for heads in _head_steps(num_kv_heads, q_KRD.shape[1]):
+                tile_out, tile_lse, top = _attend(q_KRD[heads], k_KSD[heads], v_KSV[heads], tile, softcap)
+                head_slice = slice(heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads)
+                out[b, rows, head_slice] = _unfold(tile_out, height).to(out.dtype)
+                lse[b, rows, head_slice] = _unfold(tile_lse, height)[:, :, 0]
+                if need_max_logits:
+                    per_head = top.view(top.shape[0], -1, height).amax(dim=2)
+                    max_logits[heads] = torch.maximum(max_logits[heads], per_head)
+    if sink is not None:
+        with_sink = torch.logaddexp(lse, sink.to(work))
+        out = (out * torch.exp(lse - with_sink).nan_to_num_(0.0)[..., None]).to(q.dtype)
+        lse = with_sink
+    return out, lse, max_logits.flatten()
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: _Tile, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out (K, R, V), lse (K, R, 1) and largest score (K, R, 1) of one tile of scaled queries (K, R, D)."""
+    parts = []
+    for chunk in tile.chunks:
+        scores = _scores(q, k, tile, chunk, softcap)
+        top = scores.amax(dim=2, keepdim=True)
+        weights = torch.softmax(scores, dim=2)
+        # The largest weight is exp(top - lse).
+        lse = top - torch.log(weights.amax(dim=2, keepdim=True))
+        parts.append((torch.bmm(weights, v[:, chunk.begin : chunk.end]), lse, top))
+    out, lse, top = parts[0]
+    for more_out, more_lse, more_top in parts[1:]:
+        joint = torch.logaddexp(lse, more_lse)
+        out = out * torch.exp(lse - joint) + more_out * torch.exp(more_lse - joint)
+        lse, top = joint, torch.maximum(top, more_top)
+    return out, lse, top
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, tile: _Tile, chunk: _Chunk, softcap: float) -> torch.Tensor:
+    """Capped scores (K, R, C) of scaled queries, invisible pairs at ``_HIDDEN``."""
+    scores = torch.bmm(q, k[:, chunk.begin : chunk.end].transpose(1, 2))
+    if softcap > 0:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    chunk.hide(scores, tile.row_begin, tile.row_end - tile.row_begin)
+    return scores
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bands: torch.Tensor,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv, dsink) of the registered operator; tiles add to dk and dv one after the other."""
+    work = lse.dtype
+    batch, num_heads, num_kv_heads = q.shape[0], q.shape[2], k.shape[2]
+    delta = _delta(out, dout, lse, dlse)
+    dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for b in range(batch):
+        k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
+        dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
+        for tile in _tiles(q, k, bands):
+            rows = slice(tile.row_begin, tile.row_end)
+            q_KRD = _fold(q[b, rows], num_kv_heads, work) * softmax_scale
+            dout_KRV = _fold(dout[b, rows], num_kv_heads, work)
+            lse_KR1 = _fold(lse[b, rows, :, None], num_kv_heads, work)
+            delta_KR1 = _fold(delta[b, rows, :, None], num_kv_heads, work)
+            for heads in _head_steps(num_kv_heads, q_KRD.shape[1]):
+                operands = (x[heads] for x in (q_KRD, k_KSD, v_KSV, dout_KRV, lse_KR1, delta_KR1, dk_KSD, dv_KSV))
+                dq_KRD = _tile_gradients(*operands, tile, softcap)
+                head_slice = slice(heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads)
+                dq[b, rows, head_slice] = _unfold(dq_KRD * softmax_scale, tile.row_end - tile.row_begin).to(q.dtype)
+        dk[b], dv[b] = dk_KSD.transpose(0, 1), dv_KSV.transpose(0, 1)
+    return dq, dk, dv, _dsink(sink, lse, delta)
+
+
+def _tile_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    tile: _Tile,
+    softcap: float,
+) -> torch.Tensor:
+    """dq (K, R, D) without the softmax scale; adds this tile's share to ``dk`` and ``dv`` in place."""
+    dq = torch.zeros_like(q)
+    for chunk in tile.chunks:
+        cols = slice(chunk.begin, chunk.end)
+        scores = _scores(q, k, tile, chunk, softcap)
+        slope = 1 - (scores / softcap).square_() if softcap > 0 else None
+        weights = scores.sub_(lse).exp_()
+        dv[:, cols].baddbmm_(weights.transpose(1, 2), dout)
+        dscores = torch.bmm(dout, v[:, cols].transpose(1, 2)).sub_(delta).mul_(weights)
+        if slope is not None:
+            dscores.mul_(slope.masked_fill_(weights == 0, 0.0))
+        dq.baddbmm_(dscores, k[:, cols])
+        dk[:, cols].baddbmm_(dscores.transpose(1, 2), q)
+    return dq
+
+
+def _delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+    """o . do - dlse (B, T, H); 0 for a row that sees nothing, whatever its dout holds."""
+    products = torch.where(out == 0, 0.0, out.to(lse.dtype) * dout.to(lse.dtype))
+    delta = products.sum(dim=3)
+    if dlse is not None:
+        delta = delta - dlse
+    return delta.masked_fill(torch.isneginf(lse), 0.0)
+
+
+def _dsink(sink: torch.Tensor | None, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    if sink is None:
+        return lse.new_empty(0)
+    weight = torch.exp(sink.to(lse.dtype) - lse.masked_fill(torch.isneginf(lse), 0.0))
+    return -weight * delta
