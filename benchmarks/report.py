@@ -120,8 +120,10 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
-def gpu_state() -> dict[str, str]:
-    """SM clock in MHz, power in W and temperature in C as the driver reports them; empty without a GPU."""
+def machine_state(device: torch.device) -> dict[str, Any]:
+    """What may have moved the figures: load average, or the GPU's clock (MHz), power (W), temperature (C)."""
+    if device.type == "cpu":
+        return {"load_average": os.getloadavg()[0]}
     names = ("clocks.sm", "power.draw", "temperature.gpu")
     query = f"--query-gpu={','.join(names)}"
     values = _output("nvidia-smi", query, "--format=csv,noheader,nounits").split("\n")[0].split(", ")
@@ -174,7 +176,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     targets: list[dict[str, Any]] = field(default_factory=list)
     costs: dict[str, Any] = field(default_factory=dict)
-    gpu_states: list[dict[str, Any]] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
     told: set[tuple[str, str]] = field(default_factory=set)
 
     def add(self, rows: Iterable[Row]) -> None:
@@ -211,7 +213,7 @@ class Report:
             "geomeans": geomeans(pairs),
             "targets": self.targets,
             "costs": self.costs,
-            "gpu_states": self.gpu_states,
+            "states": self.states,
         }
 
     def write(self) -> None:

@@ -25,7 +25,7 @@ from benchmarks import memory, overheads
 from benchmarks.check import Inputs, Oracle, Verdict, full_oracle, judge, leaves_of, outcome, row_oracle
 from benchmarks.masks import FAMILIES, Workload, workload
 from benchmarks.peers import SUBJECTS, Run, Subject, Unsupported, default_subjects, first_line
-from benchmarks.report import Report, Row, environment, gpu_state, print_table, ratios
+from benchmarks.report import Report, Row, environment, machine_state, print_table, ratios
 from benchmarks.timing import DIRECTIONS, Entrant, race, stopwatch, summary
 
 SMALL_TOKENS = {"cpu": 512, "cuda": 1024}
@@ -114,8 +114,8 @@ class Bench:
         del oracle, inputs
         warmup = 2 if self.device.type == "cuda" else 0  # on the CPU the check has warmed everything
         race(entrants, self.watch, config.directions, config.rounds, config.limit_seconds, warmup)
-        if self.device.type == "cuda":
-            self.report.gpu_states.append({"mask": config.mask, "tokens": config.tokens, **gpu_state()})
+        state = machine_state(self.device)
+        self.report.states.append({"mask": config.mask, "tokens": config.tokens, **state})
         for entrant in entrants:
             for direction in config.directions:
                 row = rows[entrant.name, direction]

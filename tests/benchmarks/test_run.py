@@ -69,6 +69,7 @@ def test_records_environment_rows_ratios_and_means(measure):
         assert row["tflops"] == pytest.approx(operations / row["seconds"] * 1e-12)
         assert {"small out", "small dq", "small dk", "small dv", "rows out", "rows dq"} <= set(row["check"])
     assert {row["area"] for row in document["rows"]} == {256 * 256, 256 * 257 // 2}
+    assert [state["mask"] for state in document["states"]] == ["full", "causal"]
     assert len(document["ratios"]) == 4
     assert {mean["direction"] for mean in document["geomeans"]} == {"forward", "backward"}
     assert all(mean["configurations"] == 2 for mean in document["geomeans"])
@@ -76,7 +77,7 @@ def test_records_environment_rows_ratios_and_means(measure):
 
 def test_own_cpu_backend_passes_its_check_on_every_mask(measure):
     pytest.importorskip("magi_attention.kernels.reference.blockwise")
-    code, document = measure(["--tokens", "256", "--subjects", "blockwise", "sdpa-boolmask", "--rounds", "1"])
+    code, document = measure(["--tokens", "128", "--subjects", "blockwise", "sdpa-boolmask", "--rounds", "1"])
     assert code == 0
     assert {row["mask"] for row in document["rows"]} == set(masks.FAMILIES)
     assert [row for row in document["rows"] if row["status"] != "ok"] == []
