@@ -82,6 +82,8 @@ def _type_codes(types: object, count: int) -> NDArray[np.int64]:
         return np.zeros(count, dtype=np.int64)
     if isinstance(types, torch.Tensor):
         types = types.cpu().numpy()
+    if isinstance(types, np.ndarray):
+        types = types[()]
     single = isinstance(types, str) or np.ndim(types) == 0  # type: ignore[arg-type]
     listed: Any = [types] * count if single else types
     if len(listed) != count:
