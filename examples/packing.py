@@ -56,11 +56,10 @@ def read_documents(longest: int) -> list[bytes]:
 
 
 def cut(text: bytes, longest: int) -> list[bytes]:
-    """The text if it fits; else its top-level definitions (two empty lines part them), cut if need be."""
+    """The text if it fits; else its top-level definitions (two empty lines part them), shortened if needed."""
     if len(text) <= longest:
         return [text] if text else []
-    definitions = [part for part in text.split(b"\n\n\n") if part]
-    return [part[at : at + longest] for part in definitions for at in range(0, len(part), longest)]
+    return [definition[:longest] for definition in text.split(b"\n\n\n") if definition]
 
 
 def packed_steps(documents: list[bytes], tokens: int, rng: np.random.Generator) -> Iterator[Packed]:

@@ -84,11 +84,12 @@ def loss_figure(losses: Sequence[float]) -> Figure:
     span = max(1, len(bits) // 20)
     mean = np.convolve(bits, np.ones(span) / span, mode="valid")
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per predicted byte", ylim=(0, None))
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per predicted byte")
     axes.plot(
         steps, bits, color="0.75", linewidth=1, marker="." if len(bits) < 20 else None, label="each step"
     )
     axes.plot(steps[span - 1 :], mean, color="tab:blue", linewidth=2, label=f"mean of {span}")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -1,4 +1,4 @@
-"""Packing keeps documents whole, apart and predictable."""
+"""Packing keeps documents apart and predictable, and the loss curve shows every step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from magi_attention.kernels.reference.dense import multiplicity
 LENGTHS = [7, 1, 12, 4]
 
 
-@pytest.fixture(scope="module")
-def packing() -> ModuleType:
-    file = Path(__file__).parents[2] / "examples" / "packing.py"
-    spec = importlib.util.spec_from_file_location("examples_packing", file)
+def load(name: str) -> ModuleType:
+    """A file of the examples as a module that no other test can mistake for its own."""
+    file = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", file)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         # The dataclass decorator looks its module up by name.
         patch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def packing() -> ModuleType:
+    return load("packing")
 
 
 @pytest.fixture
@@ -41,10 +46,10 @@ def test_every_position_predicts_the_next_token_of_its_document(packing: ModuleT
         assert packed.positions[begin:end].tolist() == list(range(end - begin))
 
 
-def test_long_documents_are_cut_between_definitions_and_nothing_else_is_lost(packing: ModuleType) -> None:
+def test_long_documents_become_their_definitions(packing: ModuleType) -> None:
     text = b"import os\n\n\ndef f():\n    pass\n\n\n" + b"x" * 50
     assert packing.cut(text, 1000) == [text]
-    assert packing.cut(text, 30) == [b"import os", b"def f():\n    pass", b"x" * 30, b"x" * 20]
+    assert packing.cut(text, 30) == [b"import os", b"def f():\n    pass", b"x" * 30]
     assert packing.cut(b"", 30) == []
 
 
@@ -82,3 +87,13 @@ def test_mask_shows_what_its_name_says_and_no_other_document(packing: ModuleType
     }[kind]
     expected = inside & (document[:, None] == document[None, :])
     assert multiplicity(mask.table, len(at), len(at)).tolist() == expected.astype(int).tolist()
+
+
+def test_loss_curve_lies_inside_its_axes() -> None:
+    pytest.importorskip("matplotlib")
+    losses = np.linspace(4, 1, 30)
+    axes = load("report").loss_figure(losses).axes[0]
+    lowest, highest = axes.get_ylim()
+    assert lowest == 0
+    assert highest > losses.max() / np.log(2)
+    assert len(axes.lines[0].get_ydata()) == 30
