@@ -137,6 +137,26 @@ def test_cell_areas_count_the_pairs_of_each_cell(mask, data):
     assert (algebra.cell_areas(mask.bands, *edges) == summed).all()
 
 
+@given(st.data())
+def test_overlapping_intervals_pairs_what_shares_a_token(data):
+    cuts = np.array(selections_of_nine(data), dtype=np.int64).reshape(-1, 2)
+    intervals = np.array(data.draw(st.lists(st.tuples(sizes, sizes), max_size=4)), dtype=np.int64).reshape(
+        -1, 2
+    )
+    found = algebra.overlapping_intervals(intervals[:, 0], intervals[:, 1], cuts)
+    wanted = [
+        (a, b)
+        for a, (begin, end) in enumerate(intervals)
+        for b, (first, last) in enumerate(cuts)
+        if max(begin, first) < min(end, last)
+    ]
+    assert list(zip(*found, strict=True)) == wanted
+
+
+def selections_of_nine(data):
+    return sorted(piece for piece in data.draw(selections(9)) if piece[0] < piece[1])
+
+
 @given(masks())
 def test_row_intervals_are_the_visible_columns(mask):
     left, right = algebra.row_intervals(mask.bands, np.arange(mask.num_rows))

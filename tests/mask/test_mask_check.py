@@ -61,6 +61,7 @@ def test_many_bands_on_the_same_rows_are_swept_by_column():
     cols = np.arange(n)
     table = np.stack([0 * cols, 0 * cols + 8, cols, cols + 1, 0 * cols - n, 0 * cols + n], axis=1)
     assert Mask(table, 8, n).check().ok
+    assert not list(check_room._meeting_pairs(table))
     table[7, 3] = 9
     report = Mask(table, 8, n).check()
     assert report.num_overlaps == 1 and report.overlaps[0] == (7, 8, 0, 8, 8)

@@ -147,6 +147,7 @@ def test_a_slice_comes_back_as_one_slice(slices):
         ((100, 100), [((5, 15), (5, 15), 0)]),
         ((2, 0), [((5, 7), (5, 7), 1), ((7, 15), (5, 15), 3)]),
         ((3, -1), [((5, 8), (5, 15), 0), ((8, 15), (5, 15), 2)]),
+        ((8, 8), [((5, 7), (5, 15), 1), ((7, 13), (5, 15), 0), ((13, 15), (5, 15), 2)]),
     ],
 )
 def test_golden_slices_of_windows(window, wanted):
@@ -194,7 +195,7 @@ def test_regular_matrices_come_back_as_few_bands(mask, num_bands):
 
 
 def fewest_bands(steps):
-    """Fewest pieces of a chain, by trying every cut: left steps are 0..01..1, right steps 1..10..0 in a piece."""
+    """Fewest pieces of a chain, by trying every cut: left steps are 0..01..1, right steps 1..10..0."""
 
     def is_band(piece):
         left, right = [step[0] for step in piece], [step[1] for step in piece]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mask_brute import count
 
 from magi_attention.mask import DeviceMask, Mask
-from magi_attention.mask.bands import canonical
+from magi_attention.mask.bands import INF, canonical
 from magi_attention.mask.lowering import lower_ranges, lower_varlen, lower_windows
 
 dtypes = st.sampled_from([torch.int32, torch.int64])
@@ -70,6 +70,8 @@ def test_lower_varlen_equals_the_host(pairs, window, causal, keep_first, decode,
     lowered = lower_varlen(cu_q, cu_k, host.num_rows, host.num_cols, **options)
     assert lowered.dtype == torch.int32
     assert (canonical(lowered.numpy().astype(np.int64)) == host.canonical().bands).all()
+    shown = lowered[(lowered[:, 0] < lowered[:, 1]) & (lowered[:, 2] < lowered[:, 3])]
+    assert (shown[:, 4] < INF).all() and (shown[:, 5] > -INF).all()
 
 
 def test_unused_tokens_are_invisible_and_move_the_diagonal():

@@ -32,6 +32,12 @@ def test_a_large_picture_summarises_cells():
     assert set("".join(twice.show(width=4).split("\n")[:-1])) == {"+"}
 
 
+def test_a_tall_picture_stays_within_its_width():
+    assert Mask.full(100, 3).show(width=8).split("\n") == ["xxx"] * 4 + [
+        "(one character: 25 rows x 1 columns)"
+    ]
+
+
 def test_picture_needs_a_width():
     with pytest.raises(ValueError, match="width"):
         Mask.causal(3).show(width=0)

@@ -52,7 +52,7 @@ def boundaries(name: str, values: object) -> NDArray[np.int64]:
 
 
 def reach(window: Window, causal: bool) -> tuple[int | None, int | None]:
-    """Left and right reach of a window, ``None`` for unlimited."""
+    """Left and right reach of a window, ``None`` for unlimited: also when longer than any sequence."""
     try:
         left, right = (-1 if side is None else operator.index(side) for side in window)
     except (TypeError, ValueError):
@@ -60,7 +60,8 @@ def reach(window: Window, causal: bool) -> tuple[int | None, int | None]:
         raise ValueError(complaint("window", "a pair of integers", window, remedy)) from None
     if left < -1 or right < -1:
         raise ValueError(complaint("window", "sides >= -1", window, "-1 or None is unlimited."))
-    return (None if left == -1 else left), (0 if causal else None if right == -1 else right)
+    left_reach, right_reach = (side if 0 <= side < INF // 2 else None for side in (left, right))
+    return left_reach, 0 if causal else right_reach
 
 
 def _rectangles(corners: NDArray[np.int64], hi: int = INF) -> Bands:
@@ -241,7 +242,7 @@ class MaskBuilders:
             if cuts[0] != 0 or cuts[-1] != num_rows:
                 wanted = f"from 0 to {num_rows}"
                 raise ValueError(complaint("block boundaries", wanted, f"{cuts[0]} to {cuts[-1]}"))
-        visible = np.maximum(cuts[1:] + num_cols - num_rows, 0)
+        visible = cuts[1:] + num_cols - num_rows
         corners = np.stack([cuts[:-1], cuts[1:], np.zeros_like(visible), visible], axis=1)
         return _mask(cls, _rectangles(corners), num_rows, num_cols)
 

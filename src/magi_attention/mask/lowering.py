@@ -139,14 +139,14 @@ def lower_windows(
 ) -> torch.Tensor:
     """Windows aligned at the bottom-right corner of the rectangles [q0, q1) x [k0, k1), all (n,) int32.
 
-    ``window`` is (left, right) with None for unlimited, right = 0 for causal. Returns (n, 6) int32, and
-    n more bands for the first keys when ``keep_first`` has an effect.
+    ``window`` is (left, right) as ``reach`` gives it: None for unlimited, right = 0 for causal.
+    Returns (n, 6) int32, and n more bands for the first keys when ``keep_first`` has an effect.
     """
     left, right = window
     diagonal = k1 - q1
     valid = (q0 <= q1) & (k0 <= k1)
-    lo = torch.full_like(q0, -INF) if left is None else diagonal - min(left, INF)
-    hi = torch.full_like(q0, INF) if right is None else diagonal + min(right, _FAR)
+    lo = torch.full_like(q0, -INF) if left is None else diagonal - left
+    hi = torch.full_like(q0, INF) if right is None else diagonal + right
     lo, hi = lo.clamp(min=-INF), hi.clamp(max=INF)
     if left is not None and force_fa_decode:
         lo = torch.where(q1 - q0 == 1, -INF, lo)

@@ -136,7 +136,6 @@ def split_by_type(bands: Bands) -> tuple[NDArray[np.int64], NDArray[np.int64], N
     first_key = np.where(moving_left, begin + lo[:, None], k0[:, None])
     last_key = np.where(moving_right, end + hi[:, None], k1[:, None])
     types = CAUSAL * moving_right + INV_CAUSAL * moving_left
-    types = np.where(end - begin == 1, FULL, types)
     real = end > begin
     return (
         np.stack([begin[real], end[real]], axis=1),
