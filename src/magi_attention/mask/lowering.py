@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from magi_attention.errors import check_tensor, complaint
+from magi_attention.mask.arguments import Window, reach, size
 from magi_attention.mask.bands import INF
-from magi_attention.mask.builders import Window, reach, size
 
 _INTEGERS = (torch.int32, torch.int64)
 # Coordinates are clamped to this before they are subtracted, so that int32 cannot overflow.
