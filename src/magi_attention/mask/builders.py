@@ -137,8 +137,7 @@ class MaskBuilders:
         keep_first: int = 0,
         force_fa_decode: bool = False,
     ) -> Mask:
-        """Packed sequences: the queries of a sequence see keys of the same sequence, as in
-        ``sliding_window``.
+        """Packed sequences: the queries of each see its own keys only, as in ``sliding_window``.
 
         cu_seqlens [0, 2, 5]    xx...    causal    x....
                                 xx...              xx...
@@ -203,8 +202,7 @@ class MaskBuilders:
 
     @classmethod
     def chunked(cls, num_rows: int, chunk: int, num_cols: int | None = None, causal: bool = True) -> Mask:
-        """Local attention in chunks of keys: a query sees the keys of its own chunk, up to itself when
-        ``causal``.
+        """Local attention in chunks: a query sees the keys of its own chunk, up to itself when ``causal``.
 
         chunked(5, 2)    x....    chunked(3, 2, 5)    ..x..
                          xx...                        ..xx.
@@ -231,8 +229,7 @@ class MaskBuilders:
 
     @classmethod
     def prefix_tree(cls, lengths: Integers, parents: Integers) -> Mask:
-        """Nodes of text packed one after the other; a token sees its ancestors' text and its own node up to
-        itself.
+        """Packed nodes of a tree: a token sees its node's ancestors in full and its own node up to itself.
 
         prefix_tree([2, 1, 2], [-1, 0, 0])    x....
                                               xx...
@@ -323,8 +320,7 @@ class MaskBuilders:
         num_rows: int | None = None,
         num_cols: int | None = None,
     ) -> Mask:
-        """The union of slices: a range of queries, a range of keys and how the one sees the other. One band
-        each.
+        """A union of slices, one band each: a range of queries, a range of keys and the type of their mask.
 
         full  xxxxx    causal  xxx..    inv_causal  xxxxx    bi_causal  xxx..
               xxxxx            xxxx.                .xxxx               .xxx.

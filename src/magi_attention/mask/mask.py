@@ -126,8 +126,7 @@ class Mask(MaskBuilders):
         return Mask(algebra.compact(inside), self.num_rows, self.num_cols)
 
     def localise(self, row_ranges: Ranges, col_ranges: Ranges) -> Mask:
-        """The mask of a selection of rows and columns, renumbered in the order given: ``dense[rows][:,
-        cols]``.
+        """The mask of some rows and columns, renumbered in the order given: ``dense[rows][:, cols]``.
 
         Args:
             row_ranges, col_ranges: (m, 2) half-open ranges, disjoint among themselves, in any order.

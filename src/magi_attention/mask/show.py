@@ -79,7 +79,8 @@ def figure(
         if owner.shape != (num_rows,):
             raise ValueError(complaint("owners shape", f"({num_rows},), one per row", owner.shape))
         cell_owner = owner[row_edges[:-1]] if num_rows else np.zeros(1, dtype=np.int64)
-        colours = colormaps["tab20"](cell_owner % 20)[:, :3]
+        palette = "tab10" if len(owner) == 0 or owner.max() < 10 else "tab20"
+        colours = colormaps[palette](cell_owner % 20)[:, :3]
     white = np.ones(3)
     image = white + shade[:, :, None] * (colours[:, None, :] - white)
     drawn = Figure(figsize=(5, 5 * min(max(num_rows / max(num_cols, 1), 0.4), 2.5)), layout="tight")
