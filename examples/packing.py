@@ -56,7 +56,7 @@ def read_documents(longest: int) -> list[bytes]:
 
 
 def cut(text: bytes, longest: int) -> list[bytes]:
-    """The text if it fits; else its top-level definitions (two empty lines part them), shortened if needed."""
+    """The text if it fits; else its top-level definitions (two empty lines part them), shortened."""
     if len(text) <= longest:
         return [text] if text else []
     return [definition[:longest] for definition in text.split(b"\n\n\n") if definition]
