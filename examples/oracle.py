@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from magi_attention import Mask, attention
 from magi_attention.kernels.reference.dense import dense_attention
+
+Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From q, k, v and sink to out and lse."""
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsink")
 
@@ -60,7 +64,7 @@ def compare_with_oracle(model: Decoder, packed: Packed, mask: Mask) -> list[Comp
     return [Comparison(name, *pair, allowance) for name, *pair in zip(NAMES, *errors, strict=True)]
 
 
-def results(function, tensors, dout: Tensor) -> list[Tensor]:
+def results(function: Run, tensors: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
     """out and lse of ``function``, and the gradients of its four inputs under ``dout``."""
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     out, lse = function(*leaves)
