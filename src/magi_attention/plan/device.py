@@ -50,15 +50,15 @@ def build_device_plan(
         table, bands, cuts, num_bands, num_rows, num_cols, TRANSPOSED=transposed, BLOCK=128
     )
     _sort_ascending(cuts, ordered)
-    _count_tiles_kernel[(1,)](ordered, first_tile, num_cuts, block_rows, BLOCK=_CHUNK)
+    _count_tiles_kernel[(1,)](ordered, first_tile, num_cuts, block_rows, BLOCK=4 * _CHUNK, num_warps=8)
     extent, spans = torch.empty(2, num_tiles, 2, dtype=torch.int32, device=device)
     cost, rank = torch.empty(2, num_tiles, dtype=torch.int32, device=device)
     _measure_tiles_kernel[(num_tiles,)](
-        ordered, first_tile, bands, extent, spans, cost, num_cuts, num_bands, block_rows, block_cols, BLOCK=256
+        ordered, first_tile, bands, extent, spans, cost, num_cuts, num_bands, block_rows, block_cols, BLOCK=_CHUNK
     )
-    _place_lists_kernel[(1,)](spans, num_tiles, num_bands, capacity, BLOCK=_CHUNK)
+    _place_lists_kernel[(1,)](spans, num_tiles, num_bands, capacity, BLOCK=4 * _CHUNK, num_warps=8)
     _rank_descending(cost, rank)
-    _write_tiles_kernel[(num_tiles,)](extent, spans, rank, bands, tiles, band_list, num_bands, BLOCK=256)
+    _write_tiles_kernel[(num_tiles,)](extent, spans, rank, bands, tiles, band_list, num_bands, BLOCK=_CHUNK)
     return TilePlan(tiles, band_list, bands, block_rows, block_cols)
 
 
@@ -66,7 +66,7 @@ def _sort_ascending(keys: torch.Tensor, out: torch.Tensor) -> None:
     if keys.shape[0] > _MAX_COUNTED:
         torch.sort(keys, out=(out, torch.empty_like(out, dtype=torch.int64)))
     else:
-        _rank_kernel[(triton.cdiv(keys.shape[0], 64),)](keys, out, keys.shape[0], SCATTER=True, BLOCK=64, CHUNK=512)
+        _rank_kernel[(triton.cdiv(keys.shape[0], 16),)](keys, out, keys.shape[0], SCATTER=True, BLOCK=16, CHUNK=_CHUNK)
 
 
 def _rank_descending(cost: torch.Tensor, rank: torch.Tensor) -> None:
@@ -76,7 +76,7 @@ def _rank_descending(cost: torch.Tensor, rank: torch.Tensor) -> None:
         order = torch.argsort(cost, descending=True, stable=True)
         rank[order] = torch.arange(num, dtype=torch.int32, device=cost.device)
     else:
-        _rank_kernel[(triton.cdiv(num, 64),)](cost, rank, num, SCATTER=False, BLOCK=64, CHUNK=512)
+        _rank_kernel[(triton.cdiv(num, 16),)](cost, rank, num, SCATTER=False, BLOCK=16, CHUNK=_CHUNK)
 
 
 @triton.jit(do_not_specialize=["num_bands", "num_rows", "num_cols"])
@@ -170,16 +170,14 @@ def _measure_tiles_kernel(
 ):
     """Rows of one tile, how many bands it meets, and how many blocks they make; -1 for a tile that does not exist."""
     tile = tl.program_id(0)
-    low, high = 0, num_cuts
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(FIRST_TILE + middle) <= tile:
-            low = middle
-        else:
-            high = middle
-    exists = low + 1 < num_cuts
-    row_begin = tl.load(CUTS + low) + (tile - tl.load(FIRST_TILE + low)) * block_rows
-    row_end = tl.minimum(row_begin + block_rows, tl.load(CUTS + low + 1, mask=exists, other=0))
+    segment = -1  # the last one whose first tile is not beyond this
+    for start in range(0, num_cuts, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        first = tl.load(FIRST_TILE + c, mask=c < num_cuts, other=0)
+        segment += tl.sum(((first <= tile) & (c < num_cuts)).to(tl.int32), axis=0)
+    exists = segment + 1 < num_cuts
+    row_begin = tl.load(CUTS + segment) + (tile - tl.load(FIRST_TILE + segment)) * block_rows
+    row_end = tl.minimum(row_begin + block_rows, tl.load(CUTS + segment + 1, mask=exists, other=0))
     count, cost = 0, 0
     for start in range(0, num_bands, BLOCK):
         n = start + tl.arange(0, BLOCK)

@@ -19,6 +19,7 @@ from magi_attention.kernels.triton.primitives import (
     LOG2E,
     head_of,
     load_band,
+    load_block,
     load_rows,
     program_of,
     rows_at,
@@ -36,22 +37,25 @@ from magi_attention.kernels.triton.primitives import (
     ]
 )  # fmt: skip
 def delta_kernel(
-    OUT, stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
-    DOUT, stride_gb: tl.int64, stride_gt: tl.int64, stride_gh: tl.int64,
+    OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,
+    DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
     SINK, stride_sb: tl.int64, stride_st: tl.int64, stride_sh: tl.int64,
     DLSE, stride_lb: tl.int64, stride_lt: tl.int64, stride_lh: tl.int64,
-    LSE, DELTA, DSINK,  # fp32 (B, T, H), contiguous
+    LSE, DSINK,  # fp32 (B, T, H), contiguous
+    LSE2, DELTA,  # fp32 (B, H, T), contiguous: what the gradient kernels read, lse in units of log2
     num_rows, num_heads,
     HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     head, batch = tl.program_id(1), tl.program_id(2)
     live = rows < num_rows
     dims = tl.arange(0, BLOCK_DV)
     out_head = head_of(OUT, batch, head, stride_ob, stride_oh)
     dout_head = head_of(DOUT, batch, head, stride_gb, stride_gh)
-    out = load_rows(out_head, rows, stride_ot, dims, live, True, DV, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_head, rows, stride_gt, dims, live, True, DV, BLOCK_DV).to(tl.float32)
+    num_live = num_rows - first_row
+    out = load_rows(out_head, first_row, num_live, stride_ot, dims, True, BLOCK_M, DV).to(tl.float32)
+    dout = load_rows(dout_head, first_row, num_live, stride_gt, dims, True, BLOCK_M, DV).to(tl.float32)
     # A row that sees nothing has out = 0 whatever its dout holds.
     delta = tl.sum(tl.where(out == 0.0, 0.0, out * dout), 1)
     if HAS_DLSE:
@@ -61,7 +65,9 @@ def delta_kernel(
     lse = tl.load(LSE + at, mask=live, other=float("-inf"))
     blind = lse == float("-inf")
     delta = tl.where(blind, 0.0, delta)
-    tl.store(DELTA + at, delta, mask=live)
+    at_stats = (batch.to(tl.int64) * num_heads + head) * num_rows + rows
+    tl.store(DELTA + at_stats, delta, mask=live)
+    tl.store(LSE2 + at_stats, lse * LOG2E, mask=live)
     if HAS_SINK:
         at_sink = SINK + batch.to(tl.int64) * stride_sb + rows.to(tl.int64) * stride_st + head * stride_sh
         sink = tl.load(at_sink, mask=live, other=float("-inf"))
@@ -89,11 +95,11 @@ def _score_gradient(s, dp, lse2, delta, scale, softcap, seen, MASKED: tl.constex
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, dout, lse2, delta, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, begin, end, gap_begin, gap,
+    dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows, first, last, lo, hi, begin, end, gap_begin, gap,
     scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
@@ -101,9 +107,10 @@ def _accumulate_dq(
         block = step
         if MASKED:
             block = step + tl.where(step >= gap_begin, gap, 0)
-        cols = first + block * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(K, cols, stride_kt, dims, cols < last, MASKED, D, BLOCK_D)
-        v = load_rows(V, cols, stride_vt, dims_v, cols < last, MASKED, DV, BLOCK_DV)
+        start = first + block * BLOCK_N
+        cols = start + tl.arange(0, BLOCK_N)
+        k = load_block(K_DESC, batch, kv_head, K, start, last - start, stride_kt, dims, MASKED, BLOCK_N, D, TMA)
+        v = load_block(V_DESC, batch, kv_head, V, start, last - start, stride_vt, dims_v, MASKED, BLOCK_N, DV, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         seen = visible(rows, cols, last, lo, hi)
@@ -120,16 +127,17 @@ def _accumulate_dq(
     ]
 )  # fmt: skip
 def dq_kernel(
-    Q, stride_qb: tl.int64, stride_qt: tl.int64, stride_qh: tl.int64,
-    K, stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,
-    V, stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
-    DOUT, stride_gb: tl.int64, stride_gt: tl.int64, stride_gh: tl.int64,
-    DQ, stride_db: tl.int64, stride_dt: tl.int64, stride_dh: tl.int64,
-    LSE, DELTA,  # fp32 (B, T, H), contiguous
+    Q, stride_qb: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
+    K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
+    V, stride_vb: tl.int64, stride_vt: tl.int32, stride_vh: tl.int64,
+    DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
+    K_DESC, V_DESC,  # tensor descriptors of K and V when TMA
+    DQ, stride_db: tl.int64, stride_dt: tl.int32, stride_dh: tl.int64,
+    LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     entry, batch_head = program_of(TILES, num_tiles, num_heads, wave)
     row_begin, row_end = tl.load(entry), tl.load(entry + 1)
@@ -137,17 +145,18 @@ def dq_kernel(
         return
     batch, head = batch_head // heads_per_batch, batch_head % heads_per_batch
     Q = head_of(Q, batch, head, stride_qb, stride_qh)
-    K = head_of(K, batch, head // group, stride_kb, stride_kh)
-    V = head_of(V, batch, head // group, stride_vb, stride_vh)
+    kv_head = head // group
+    K = head_of(K, batch, kv_head, stride_kb, stride_kh)
+    V = head_of(V, batch, kv_head, stride_vb, stride_vh)
     DOUT = head_of(DOUT, batch, head, stride_gb, stride_gh)
 
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     rows = row_begin + tl.arange(0, BLOCK_M)
     live = rows < row_end
-    q = load_rows(Q, rows, stride_qt, dims, live, True, D, BLOCK_D)
-    dout = load_rows(DOUT, rows, stride_gt, dims_v, live, True, DV, BLOCK_DV)
-    at = (batch.to(tl.int64) * num_rows + rows) * heads_per_batch + head
-    lse2 = tl.load(LSE + at, mask=live, other=float("inf")) * LOG2E
+    q = load_rows(Q, row_begin, row_end - row_begin, stride_qt, dims, True, BLOCK_M, D)
+    dout = load_rows(DOUT, row_begin, row_end - row_begin, stride_gt, dims_v, True, BLOCK_M, DV)
+    at = batch_head.to(tl.int64) * num_rows + rows
+    lse2 = tl.load(LSE2 + at, mask=live, other=float("inf"))
     delta = tl.load(DELTA + at, mask=live, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
@@ -157,45 +166,55 @@ def dq_kernel(
         first, last, num_blocks, full_begin, full_end = run_of(row_begin, row_end, q0, q1, k0, k1, lo, hi, BLOCK_N)
         num_full = full_end - full_begin
         dq = _accumulate_dq(
-            dq, q, dout, lse2, delta, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, full_begin, full_end, 0, 0,
-            scale, softcap, False, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows, first, last, lo, hi, full_begin, full_end, 0, 0,
+            scale, softcap, False, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
         dq = _accumulate_dq(
-            dq, q, dout, lse2, delta, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, 0, num_blocks - num_full,
-            full_begin, num_full, scale, softcap, True, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows, first, last, lo, hi, 0, num_blocks - num_full,
+            full_begin, num_full, scale, softcap, True, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
-    out = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), rows, stride_dt, dims)
+    out = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), row_begin, stride_dt, BLOCK_M, dims)
     tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
 
 
 @triton.jit
 def _accumulate_dkdv(
-    dk, dv, k, v, Q, stride_qt, DOUT, stride_gt, LSE, DELTA, stat_base, heads_per_batch,
-    rows, first, last, lo, hi, begin, end, gap_begin, gap, scale, softcap,
+    dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
+    batch, first_head, group, keys, first, last, lo, hi, begin, num_blocks, gap_begin, gap, scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """As the forward's walk with queries for columns: scores are (keys, queries)."""
+    """A run of the transposed mask for all heads of a group: columns are queries, scores are (keys, queries).
+
+    One loop over heads and blocks keeps loads in flight from one head to the next.
+    """
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
-    for step in range(begin, end):
-        block = step
+    for step in range(0, group * num_blocks):
+        member = step // num_blocks
+        block = begin + step - member * num_blocks
         if MASKED:
-            block = step + tl.where(step >= gap_begin, gap, 0)
-        cols = first + block * BLOCK_M + tl.arange(0, BLOCK_M)
-        q = load_rows(Q, cols, stride_qt, dims, cols < last, MASKED, D, BLOCK_D)
-        at = stat_base + cols.to(tl.int64) * heads_per_batch
+            block = block + tl.where(block >= gap_begin, gap, 0)
+        head = first_head + member
+        start = first + block * BLOCK_M
+        cols = start + tl.arange(0, BLOCK_M)
+        q_head = Q + head.to(tl.int64) * stride_qh * 8
+        q = load_block(Q_DESC, batch, head, q_head, start, last - start, stride_qt, dims, MASKED, BLOCK_M, D, TMA)
+        at = head.to(tl.int64) * num_rows + cols
         if MASKED:
-            lse2 = tl.load(LSE + at, mask=cols < last, other=float("inf")) * LOG2E
+            lse2 = tl.load(LSE2 + at, mask=cols < last, other=float("inf"))
             delta = tl.load(DELTA + at, mask=cols < last, other=0.0)
         else:
-            lse2 = tl.load(LSE + at) * LOG2E
+            lse2 = tl.load(LSE2 + at)
             delta = tl.load(DELTA + at)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        dout = load_rows(DOUT, cols, stride_gt, dims_v, cols < last, MASKED, DV, BLOCK_DV)
+        dout_head = DOUT + head.to(tl.int64) * stride_gh * 8
+        dout = load_block(
+            DOUT_DESC, batch, head, dout_head, start, last - start, stride_gt, dims_v, MASKED, BLOCK_M, DV, TMA
+        )
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        seen = visible(rows, cols, last, lo, hi)
+        seen = visible(keys, cols, last, lo, hi)
         p, ds = _score_gradient(s, dp, lse2[None, :], delta[None, :], scale, softcap, seen, MASKED, SOFTCAP)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -211,19 +230,20 @@ def _accumulate_dkdv(
     ]
 )  # fmt: skip
 def dkdv_kernel(
-    Q, stride_qb: tl.int64, stride_qt: tl.int64, stride_qh: tl.int64,
-    K, stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,
-    V, stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
-    DOUT, stride_gb: tl.int64, stride_gt: tl.int64, stride_gh: tl.int64,
-    DK, stride_dkb: tl.int64, stride_dkt: tl.int64, stride_dkh: tl.int64,
-    DV_OUT, stride_dvb: tl.int64, stride_dvt: tl.int64, stride_dvh: tl.int64,
-    LSE, DELTA,  # fp32 (B, T, H), contiguous
+    Q, stride_qb: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
+    K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
+    V, stride_vb: tl.int64, stride_vt: tl.int32, stride_vh: tl.int64,
+    DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
+    Q_DESC, DOUT_DESC,  # tensor descriptors of Q and DOUT when TMA
+    DK, stride_dkb: tl.int64, stride_dkt: tl.int32, stride_dkh: tl.int64,
+    DV_OUT, stride_dvb: tl.int64, stride_dvt: tl.int32, stride_dvh: tl.int64,
+    LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """``num_heads`` counts batch * K/V heads, ``heads_per_batch`` K/V heads; ``num_rows`` is the number of queries."""
+    """``num_heads`` counts batch * K/V heads, ``heads_per_batch`` K/V heads."""
     entry, batch_head = program_of(TILES, num_tiles, num_heads, wave)
     key_begin, key_end = tl.load(entry), tl.load(entry + 1)
     if key_begin >= key_end:
@@ -237,35 +257,31 @@ def dkdv_kernel(
     live = keys < key_end
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     # Keys that nobody sees have an empty list: never load them.
-    live_and_seen = live & (list_count > 0)
-    k = load_rows(K, keys, stride_kt, dims, live_and_seen, True, D, BLOCK_D)
-    v = load_rows(V, keys, stride_vt, dims_v, live_and_seen, True, DV, BLOCK_DV)
+    num_live = tl.where(list_count > 0, key_end - key_begin, 0)
+    k = load_rows(K, key_begin, num_live, stride_kt, dims, True, BLOCK_N, D)
+    v = load_rows(V, key_begin, num_live, stride_vt, dims_v, True, BLOCK_N, DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    for member in range(0, group):
-        head = kv_head * group + member
-        q_head = head_of(Q, batch, head, stride_qb, stride_qh)
-        dout_head = head_of(DOUT, batch, head, stride_gb, stride_gh)
-        num_q_heads = heads_per_batch * group
-        stat_base = batch.to(tl.int64) * num_rows * num_q_heads + head
-        for item in range(list_begin, list_begin + list_count):
-            q0, q1, k0, k1, lo, hi = load_band(BANDS, tl.load(BAND_LIST + item))
-            first, last, num_blocks, full_begin, full_end = run_of(
-                key_begin, key_end, q0, q1, k0, k1, lo, hi, BLOCK_M
-            )
-            num_full = full_end - full_begin
-            dk, dv = _accumulate_dkdv(
-                dk, dv, k, v, q_head, stride_qt, dout_head, stride_gt, LSE, DELTA, stat_base, num_q_heads,
-                keys, first, last, lo, hi, full_begin, full_end, 0, 0, scale, softcap,
-                False, SOFTCAP, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION,
-            )  # fmt: skip
-            dk, dv = _accumulate_dkdv(
-                dk, dv, k, v, q_head, stride_qt, dout_head, stride_gt, LSE, DELTA, stat_base, num_q_heads,
-                keys, first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full, scale, softcap,
-                True, SOFTCAP, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION,
-            )  # fmt: skip
-    out = rows_at(head_of(DK, batch, kv_head, stride_dkb, stride_dkh), keys, stride_dkt, dims)
+    Q += batch.to(tl.int64) * stride_qb * 8
+    DOUT += batch.to(tl.int64) * stride_gb * 8
+    LSE2 += batch.to(tl.int64) * heads_per_batch * group * num_rows
+    DELTA += batch.to(tl.int64) * heads_per_batch * group * num_rows
+    for item in range(list_begin, list_begin + list_count):
+        q0, q1, k0, k1, lo, hi = load_band(BANDS, tl.load(BAND_LIST + item))
+        first, last, num_blocks, full_begin, full_end = run_of(key_begin, key_end, q0, q1, k0, k1, lo, hi, BLOCK_M)
+        num_full = full_end - full_begin
+        dk, dv = _accumulate_dkdv(
+            dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
+            batch, kv_head * group, group, keys, first, last, lo, hi, full_begin, num_full, 0, 0, scale, softcap,
+            False, SOFTCAP, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+        )  # fmt: skip
+        dk, dv = _accumulate_dkdv(
+            dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
+            batch, kv_head * group, group, keys, first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full,
+            scale, softcap, True, SOFTCAP, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+        )  # fmt: skip
+    out = rows_at(head_of(DK, batch, kv_head, stride_dkb, stride_dkh), key_begin, stride_dkt, BLOCK_N, dims)
     tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
-    out = rows_at(head_of(DV_OUT, batch, kv_head, stride_dvb, stride_dvh), keys, stride_dvt, dims_v)
+    out = rows_at(head_of(DV_OUT, batch, kv_head, stride_dvb, stride_dvh), key_begin, stride_dvt, BLOCK_N, dims_v)
     tl.store(out, dv.to(DV_OUT.dtype.element_ty), mask=live[:, None] & (dims_v < DV)[None, :])

@@ -38,8 +38,9 @@ def _attend(
         block = step
         if MASKED:
             block = step + tl.where(step >= gap_begin, gap, 0)
-        cols = first + block * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(K, cols, stride_kt, dims, cols < last, MASKED, D, BLOCK_D)
+        start = first + block * BLOCK_N
+        cols = start + tl.arange(0, BLOCK_N)
+        k = load_rows(K, start, last - start, stride_kt, dims, MASKED, BLOCK_N, D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
             s = softcap * LOG2E * tanh(s * (scale / softcap))
@@ -61,7 +62,7 @@ def _attend(
             fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(p, 1)
         acc = acc * fade[:, None]
-        v = load_rows(V, cols, stride_vt, dims_v, cols < last, MASKED, DV, BLOCK_DV)
+        v = load_rows(V, start, last - start, stride_vt, dims_v, MASKED, BLOCK_N, DV)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     return acc, total, top
@@ -75,10 +76,10 @@ def _attend(
     ]
 )  # fmt: skip
 def forward_kernel(
-    Q, stride_qb: tl.int64, stride_qt: tl.int64, stride_qh: tl.int64,
-    K, stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,
-    V, stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
-    OUT, stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
+    Q, stride_qb: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
+    K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
+    V, stride_vb: tl.int64, stride_vt: tl.int32, stride_vh: tl.int64,
+    OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,
     SINK, stride_sb: tl.int64, stride_st: tl.int64, stride_sh: tl.int64,  # one sink logit a row and head
     LSE,  # fp32 (B, T, H), contiguous
     MAX_LOGITS,  # fp32 (H,), starts at -inf
@@ -98,12 +99,13 @@ def forward_kernel(
         return
     batch, head = batch_head // heads_per_batch, batch_head % heads_per_batch
     Q = head_of(Q, batch, head, stride_qb, stride_qh)
-    K = head_of(K, batch, head // group, stride_kb, stride_kh)
-    V = head_of(V, batch, head // group, stride_vb, stride_vh)
+    kv_head = head // group
+    K = head_of(K, batch, kv_head, stride_kb, stride_kh)
+    V = head_of(V, batch, kv_head, stride_vb, stride_vh)
 
     rows = row_begin + tl.arange(0, BLOCK_M)
     live = rows < row_end
-    q = load_rows(Q, rows, stride_qt, tl.arange(0, BLOCK_D), live, True, D, BLOCK_D)
+    q = load_rows(Q, row_begin, row_end - row_begin, stride_qt, tl.arange(0, BLOCK_D), True, BLOCK_M, D)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -139,5 +141,5 @@ def forward_kernel(
     row_head = (batch.to(tl.int64) * num_rows + rows) * heads_per_batch + head
     tl.store(LSE + row_head, lse, mask=live)
     dims_v = tl.arange(0, BLOCK_DV)
-    out = rows_at(head_of(OUT, batch, head, stride_ob, stride_oh), rows, stride_ot, dims_v)
+    out = rows_at(head_of(OUT, batch, head, stride_ob, stride_oh), row_begin, stride_ot, BLOCK_M, dims_v)
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=live[:, None] & (dims_v < DV)[None, :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
@@ -39,8 +40,8 @@ def forward(
     if grid[0] == 0:
         return out, lse, max_logits
     forward_kernel[grid](
-        q, *_strides(q), k, *_strides(k), v, *_strides(v), out, *_strides(out), *_sink_arguments(sink, lse),
-        lse, max_logits, plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_heads, num_heads, wave,
+        q, *_strides(q), k, *_strides(k), v, *_strides(v), out, *_strides(out),
+        *_sink_arguments(sink, lse), lse, max_logits, plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_heads, num_heads, wave,
         num_heads // k.shape[2], num_rows, softmax_scale, softcap,
         HAS_SINK=sink is not None, HAS_MAX=need_max_logits, SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v,
         BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_padded(head_dim, head_dim_v), **_options(tile, q),
@@ -67,30 +68,32 @@ def backward(
     num_cols, num_kv_heads, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
-    delta = torch.empty_like(lse)
+    lse2, delta = lse.new_empty(2, batch, num_heads, num_rows)
     padded = _padded(head_dim, head_dim_v)
     scalars = (softmax_scale, softcap)
-    shape = dict(SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v, **padded)
+    shape = dict(SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v, TMA=_has_copy_engine(q), **padded)
     if num_rows and batch:
         delta_kernel[(triton.cdiv(num_rows, 64), num_heads, batch)](
             out, *_strides(out), dout, *_strides(dout), *_sink_arguments(sink, lse), *_sink_arguments(dlse, lse),
-            lse, delta, dsink, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
+            lse, dsink, lse2, delta, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
             DV=head_dim_v, BLOCK_M=64, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
 
     tile, plan = _plan("backward_dkdv", q, k, v, bands)
     if plan.num_tiles and batch:
         dkdv_kernel[(plan.num_tiles * batch * num_kv_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), dk, *_strides(dk),
-            dv, *_strides(dv), lse, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles,
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
+            *_descriptors(q, dout, tile.block_cols), dk, *_strides(dk),
+            dv, *_strides(dv), lse2, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles,
             batch * num_kv_heads, num_kv_heads, _wave(q, dout, num_kv_heads), num_heads // num_kv_heads, num_rows,
             *scalars, BLOCK_M=tile.block_cols, BLOCK_N=tile.block_rows, **shape, **_options(tile, q),
         )  # fmt: skip
     tile, plan = _plan("backward_dq", q, k, v, bands)
     if plan.num_tiles and batch:
         dq_kernel[(plan.num_tiles * batch * num_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), dq, *_strides(dq),
-            lse, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_heads, num_heads,
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
+            *_descriptors(k, v, tile.block_cols), dq, *_strides(dq),
+            lse2, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_heads, num_heads,
             _wave(k, v, num_heads), num_heads // num_kv_heads, num_rows, *scalars,
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **shape, **_options(tile, q),
         )  # fmt: skip
@@ -115,6 +118,24 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 def _strides(x: torch.Tensor) -> list[int]:
     """Batch, token and head strides in units of 8 elements; that of an axis of length one is arbitrary: 0."""
     return [s // _ALIGN if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+
+
+def _descriptors(x: torch.Tensor, y: torch.Tensor, rows: int) -> tuple:
+    """Tensor descriptors of (rows, head dim) blocks of ``x`` and ``y`` for the copy engine, or stand-ins."""
+    if not _has_copy_engine(x):
+        return x, y
+    return tuple(_descriptor(t, rows) for t in (x, y))
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    # The stride of an axis of length one is arbitrary; the engine wants whole 16-byte steps.
+    strides = [s if n > 1 else _ALIGN for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+    dim = max(16, triton.next_power_of_2(x.shape[3]))
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, dim])
+
+
+def _has_copy_engine(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def _sink_arguments(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:

@@ -60,25 +60,44 @@ def visible(rows, cols, last, lo, hi):
 
 
 @triton.jit
-def rows_at(pointer, rows, stride, dims):
-    """Pointers of a (rows, dims) tile. Strides come in units of 8 elements, so that 16-byte accesses are provable."""
-    return pointer + rows.to(tl.int64)[:, None] * (stride * 8) + dims[None, :]
+def rows_at(pointer, first_row, stride, ROWS: tl.constexpr, dims):
+    """Pointers of a (ROWS, dims) tile that starts at ``first_row``.
+
+    Strides come in units of 8 elements, so that 16-byte accesses are provable. The start is one 64-bit address, the
+    offsets inside the tile are 32-bit and the same for every tile of a loop.
+    """
+    start = pointer + first_row.to(tl.int64) * stride * 8
+    return start + (tl.arange(0, ROWS)[:, None] * (stride * 8) + dims[None, :])
 
 
 @triton.jit
-def load_rows(pointer, rows, stride, dims, mask_rows, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """(rows, dims) tile; with ROWS, rows outside ``mask_rows`` read as zero (they may hold NaN)."""
-    at = rows_at(pointer, rows, stride, dims)
-    if DIM == BLOCK_DIM:
-        if ROWS:
-            return tl.load(at, mask=mask_rows[:, None], other=0.0)
+def load_rows(pointer, first_row, num_live, stride, dims, MASKED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """(ROWS, dims) tile; when MASKED, rows from ``num_live`` on read as zero and are not touched (they may hold NaN)."""
+    at = rows_at(pointer, first_row, stride, ROWS, dims)
+    live = (tl.arange(0, ROWS) < num_live)[:, None]
+    if DIM == dims.shape[0]:
+        if MASKED:
+            return tl.load(at, mask=live, other=0.0)
         else:
             return tl.load(at)
     else:
-        if ROWS:
-            return tl.load(at, mask=mask_rows[:, None] & (dims < DIM)[None, :], other=0.0)
+        inside = (dims < DIM)[None, :]
+        if MASKED:
+            return tl.load(at, mask=live & inside, other=0.0)
         else:
-            return tl.load(at, mask=(dims < DIM)[None, :], other=0.0)
+            return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_block(
+    DESC, batch, head, pointer, first_row, num_live, stride, dims,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, dims) tile of one head: whole blocks by the copy engine where there is one, partial ones by pointers."""
+    if TMA and not MASKED:
+        return DESC.load([batch, first_row, head, 0]).reshape(ROWS, dims.shape[0])
+    else:
+        return load_rows(pointer, first_row, num_live, stride, dims, MASKED, ROWS, DIM)
 
 
 @triton.jit
