@@ -39,6 +39,8 @@ def build_device_plan(
     num_tiles = max_num_tiles(num_rows, num_bands, block_rows)
     capacity = min(num_tiles * num_bands, max(_MAX_LIST, 2 * num_tiles))
     bands = torch.empty_like(table)
+    # The same numbers band after band for the attention kernels, column after column for the kernels here.
+    columns = torch.empty(6, num_bands, dtype=torch.int32, device=device)
     tiles = torch.empty(num_tiles, 4, dtype=torch.int32, device=device)
     band_list = torch.empty(num_bands + capacity, dtype=torch.int32, device=device)
     if num_tiles == 0:
@@ -47,18 +49,18 @@ def build_device_plan(
     num_cuts = 2 * num_bands + 2
     cuts, ordered, first_tile = torch.empty(3, num_cuts, dtype=torch.int32, device=device)
     _tighten_kernel[(triton.cdiv(max(num_bands, 1), 128),)](
-        table, bands, cuts, num_bands, num_rows, num_cols, TRANSPOSED=transposed, BLOCK=128
+        table, bands, columns, cuts, num_bands, num_rows, num_cols, TRANSPOSED=transposed, BLOCK=128
     )
     _sort_ascending(cuts, ordered)
     _count_tiles_kernel[(1,)](ordered, first_tile, num_cuts, block_rows, BLOCK=4 * _CHUNK, num_warps=8)
     extent, spans = torch.empty(2, num_tiles, 2, dtype=torch.int32, device=device)
     cost, rank = torch.empty(2, num_tiles, dtype=torch.int32, device=device)
     _measure_tiles_kernel[(num_tiles,)](
-        ordered, first_tile, bands, extent, spans, cost, num_cuts, num_bands, block_rows, block_cols, BLOCK=_CHUNK
+        ordered, first_tile, columns, extent, spans, cost, num_cuts, num_bands, block_rows, block_cols, BLOCK=_CHUNK
     )
     _place_lists_kernel[(1,)](spans, num_tiles, num_bands, capacity, BLOCK=4 * _CHUNK, num_warps=8)
     _rank_descending(cost, rank)
-    _write_tiles_kernel[(num_tiles,)](extent, spans, rank, bands, tiles, band_list, num_bands, BLOCK=_CHUNK)
+    _write_tiles_kernel[(num_tiles,)](extent, spans, rank, columns, tiles, band_list, num_bands, BLOCK=_CHUNK)
     return TilePlan(tiles, band_list, bands, block_rows, block_cols)
 
 
@@ -79,20 +81,35 @@ def _rank_descending(cost: torch.Tensor, rank: torch.Tensor) -> None:
         _rank_kernel[(triton.cdiv(num, 16),)](cost, rank, num, SCATTER=False, BLOCK=16, CHUNK=_CHUNK)
 
 
+@triton.jit
+def _store_band(at, step, q0, q1, k0, k1, lo, hi, live):
+    tl.store(at, q0, mask=live)
+    tl.store(at + step, q1, mask=live)
+    tl.store(at + 2 * step, k0, mask=live)
+    tl.store(at + 3 * step, k1, mask=live)
+    tl.store(at + 4 * step, lo, mask=live)
+    tl.store(at + 5 * step, hi, mask=live)
+
+
+@triton.jit
+def _load_band(at, step, live):
+    q0 = tl.load(at, mask=live, other=0)
+    q1 = tl.load(at + step, mask=live, other=0)
+    k0 = tl.load(at + 2 * step, mask=live, other=0)
+    k1 = tl.load(at + 3 * step, mask=live, other=0)
+    lo = tl.load(at + 4 * step, mask=live, other=0)
+    hi = tl.load(at + 5 * step, mask=live, other=0)
+    return q0, q1, k0, k1, lo, hi
+
+
 @triton.jit(do_not_specialize=["num_bands", "num_rows", "num_cols"])
 def _tighten_kernel(
-    TABLE, BANDS, CUTS, num_bands, num_rows, num_cols, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr
+    TABLE, BANDS, COLUMNS, CUTS, num_bands, num_rows, num_cols, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Clip and shrink each band to what it uses; its first and last row become cuts, beside 0 and num_rows."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < num_bands
-    band = TABLE + 6 * n
-    q0 = tl.load(band + 0, mask=live, other=0)
-    q1 = tl.load(band + 1, mask=live, other=0)
-    k0 = tl.load(band + 2, mask=live, other=0)
-    k1 = tl.load(band + 3, mask=live, other=0)
-    lo = tl.load(band + 4, mask=live, other=0)
-    hi = tl.load(band + 5, mask=live, other=0)
+    q0, q1, k0, k1, lo, hi = _load_band(TABLE + 6 * n, 1, live)
     lo = tl.minimum(tl.maximum(lo, -INF), INF)
     hi = tl.minimum(tl.maximum(hi, -INF), INF)
     if TRANSPOSED:
@@ -104,13 +121,10 @@ def _tighten_kernel(
     k0, k1 = tl.maximum(k0, q0 + lo), tl.minimum(k1, q1 + hi)
     empty = (q0 >= q1) | (k0 >= k1) | (lo > hi)
     q0, q1 = tl.where(empty, 0, q0), tl.where(empty, 0, q1)
-    out = BANDS + 6 * n
-    tl.store(out + 0, q0, mask=live)
-    tl.store(out + 1, q1, mask=live)
-    tl.store(out + 2, tl.where(empty, 0, k0), mask=live)
-    tl.store(out + 3, tl.where(empty, 0, k1), mask=live)
-    tl.store(out + 4, tl.where(empty, -INF, lo), mask=live)
-    tl.store(out + 5, tl.where(empty, INF, hi), mask=live)
+    k0, k1 = tl.where(empty, 0, k0), tl.where(empty, 0, k1)
+    lo, hi = tl.where(empty, -INF, lo), tl.where(empty, INF, hi)
+    _store_band(BANDS + 6 * n, 1, q0, q1, k0, k1, lo, hi, live)
+    _store_band(COLUMNS + n, num_bands, q0, q1, k0, k1, lo, hi, live)
     tl.store(CUTS + n, q0, mask=live)
     tl.store(CUTS + num_bands + n, q1, mask=live)
     if tl.program_id(0) == 0:
@@ -152,21 +166,9 @@ def _count_tiles_kernel(CUTS, FIRST_TILE, num_cuts, block_rows, BLOCK: tl.conste
         carry += tl.sum(pieces, axis=0)
 
 
-@triton.jit
-def _load_band(BANDS, n, live):
-    band = BANDS + 6 * n
-    q0 = tl.load(band + 0, mask=live, other=0)
-    q1 = tl.load(band + 1, mask=live, other=0)
-    k0 = tl.load(band + 2, mask=live, other=0)
-    k1 = tl.load(band + 3, mask=live, other=0)
-    lo = tl.load(band + 4, mask=live, other=0)
-    hi = tl.load(band + 5, mask=live, other=0)
-    return q0, q1, k0, k1, lo, hi
-
-
 @triton.jit(do_not_specialize=["num_cuts", "num_bands", "block_rows", "block_cols"])
 def _measure_tiles_kernel(
-    CUTS, FIRST_TILE, BANDS, EXTENT, SPANS, COST, num_cuts, num_bands, block_rows, block_cols, BLOCK: tl.constexpr
+    CUTS, FIRST_TILE, COLUMNS, EXTENT, SPANS, COST, num_cuts, num_bands, block_rows, block_cols, BLOCK: tl.constexpr
 ):
     """Rows of one tile, how many bands it meets, and how many blocks they make; -1 for a tile that does not exist."""
     tile = tl.program_id(0)
@@ -181,7 +183,7 @@ def _measure_tiles_kernel(
     count, cost = 0, 0
     for start in range(0, num_bands, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        q0, q1, k0, k1, lo, hi = _load_band(BANDS, n, n < num_bands)
+        q0, q1, k0, k1, lo, hi = _load_band(COLUMNS + n, num_bands, n < num_bands)
         inside = (q0 <= row_begin) & (row_begin < q1) & exists
         width = tl.minimum(k1, row_end + hi) - tl.maximum(k0, row_begin + lo)
         blocks = (width + block_cols - 1) // block_cols
@@ -208,7 +210,7 @@ def _place_lists_kernel(SPANS, num_tiles, num_bands, capacity, BLOCK: tl.constex
 
 
 @triton.jit(do_not_specialize=["num_bands"])
-def _write_tiles_kernel(EXTENT, SPANS, RANK, BANDS, TILES, LIST, num_bands, BLOCK: tl.constexpr):
+def _write_tiles_kernel(EXTENT, SPANS, RANK, COLUMNS, TILES, LIST, num_bands, BLOCK: tl.constexpr):
     """Store each tile at its place in the order, and the bands that it meets."""
     tile = tl.program_id(0)
     row_begin, row_end = tl.load(EXTENT + 2 * tile), tl.load(EXTENT + 2 * tile + 1)
@@ -227,7 +229,8 @@ def _write_tiles_kernel(EXTENT, SPANS, RANK, BANDS, TILES, LIST, num_bands, BLOC
         written = begin
         for start in range(0, num_bands, BLOCK):
             n = start + tl.arange(0, BLOCK)
-            q0, q1, _, _, _, _ = _load_band(BANDS, n, n < num_bands)
+            q0 = tl.load(COLUMNS + n, mask=n < num_bands, other=0)
+            q1 = tl.load(COLUMNS + num_bands + n, mask=n < num_bands, other=0)
             inside = ((q0 <= row_begin) & (row_begin < q1) & (n < num_bands)).to(tl.int32)
             tl.store(LIST + written + tl.cumsum(inside, axis=0) - inside, n, mask=inside > 0)
             written += tl.sum(inside, axis=0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
+from magi_attention.kernels.triton.backward import dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import TilePlan
@@ -65,37 +67,32 @@ def backward(
     """(dq, dk, dv, dsink) of the registered operator, on Triton; dsink is (B, T, H), or empty without a sink."""
     q, k, v, dout = _aligned(q), _aligned(k), _aligned(v), _aligned(dout)
     batch, num_rows, num_heads, head_dim = q.shape
-    num_cols, num_kv_heads, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    num_kv_heads, head_dim_v = k.shape[2], v.shape[3]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
-    lse2, delta = lse.new_empty(2, batch, num_heads, num_rows)
-    padded = _padded(head_dim, head_dim_v)
-    scalars = (softmax_scale, softcap)
-    shape = dict(SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v, TMA=_has_copy_engine(q), **padded)
-    if num_rows and batch:
-        delta_kernel[(triton.cdiv(num_rows, 64), num_heads, batch)](
-            out, *_strides(out), dout, *_strides(dout), *_sink_arguments(sink, lse), *_sink_arguments(dlse, lse),
-            lse, dsink, lse2, delta, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
-            DV=head_dim_v, BLOCK_M=64, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
+    lse2, delta = lse.new_empty(batch, num_heads, num_rows), lse.new_empty(batch, num_heads, num_rows)
+    group = num_heads // num_kv_heads
+    # The copy engine refuses tensors of no rows.
+    tma = _is_hopper_or_later(q.device) and min(q.shape[1], k.shape[1]) > 0
+    shape = dict(SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v, TMA=tma, **_padded(head_dim, head_dim_v))
+    tile, plan = _plan("backward_dq", q, k, v, bands)
+    if plan.num_tiles and batch:
+        dq_kernel[(plan.num_tiles * batch * num_heads,)](
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), *_blocks(k, v, tile, tma),
+            out, *_strides(out), dout, *_strides(dout), dq, *_strides(dq), *_sink_arguments(sink, lse),
+            *_sink_arguments(dlse, lse), lse, dsink, lse2, delta, plan.tiles, plan.band_list, plan.bands,
+            plan.num_tiles, batch * num_heads, num_heads, _wave(k, v, num_heads), group, num_rows, softmax_scale,
+            softcap, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
+            BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **shape, **_options(tile, q),
         )  # fmt: skip
-
     tile, plan = _plan("backward_dkdv", q, k, v, bands)
     if plan.num_tiles and batch:
         dkdv_kernel[(plan.num_tiles * batch * num_kv_heads,)](
             q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
-            *_descriptors(q, dout, tile.block_cols), dk, *_strides(dk),
-            dv, *_strides(dv), lse2, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles,
-            batch * num_kv_heads, num_kv_heads, _wave(q, dout, num_kv_heads), num_heads // num_kv_heads, num_rows,
-            *scalars, BLOCK_M=tile.block_cols, BLOCK_N=tile.block_rows, **shape, **_options(tile, q),
-        )  # fmt: skip
-    tile, plan = _plan("backward_dq", q, k, v, bands)
-    if plan.num_tiles and batch:
-        dq_kernel[(plan.num_tiles * batch * num_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
-            *_descriptors(k, v, tile.block_cols), dq, *_strides(dq),
-            lse2, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_heads, num_heads,
-            _wave(k, v, num_heads), num_heads // num_kv_heads, num_rows, *scalars,
-            BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **shape, **_options(tile, q),
+            *_blocks(q, dout, tile, tma), dk, *_strides(dk), dv, *_strides(dv), lse2, delta,
+            plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_kv_heads, num_kv_heads,
+            _wave(q, dout, num_kv_heads), group, num_rows, softmax_scale, softcap,
+            BLOCK_M=tile.block_cols, BLOCK_N=tile.block_rows, **shape, **_options(tile, q),
         )  # fmt: skip
     return dq, dk, dv, dsink
 
@@ -120,11 +117,9 @@ def _strides(x: torch.Tensor) -> list[int]:
     return [s // _ALIGN if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
 
 
-def _descriptors(x: torch.Tensor, y: torch.Tensor, rows: int) -> tuple:
-    """Tensor descriptors of (rows, head dim) blocks of ``x`` and ``y`` for the copy engine, or stand-ins."""
-    if not _has_copy_engine(x):
-        return x, y
-    return tuple(_descriptor(t, rows) for t in (x, y))
+def _blocks(x: torch.Tensor, y: torch.Tensor, tile: TileConfig, tma: bool) -> tuple:
+    """Tensor descriptors of one step's blocks of ``x`` and ``y`` for the copy engine; stand-ins without it."""
+    return tuple(_descriptor(t, tile.block_cols) for t in (x, y)) if tma else (x, y)
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -134,8 +129,9 @@ def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, dim])
 
 
-def _has_copy_engine(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+@functools.cache
+def _is_hopper_or_later(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _sink_arguments(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
