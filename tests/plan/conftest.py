@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton kernels run in the interpreter. Triton reads the switch when it defines one."""
+"""Without a GPU, Triton kernels run in the interpreter. Triton reads the switch when it defines a kernel."""
 
 from __future__ import annotations
 

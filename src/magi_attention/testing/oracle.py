@@ -132,8 +132,9 @@ def _ours(case: Case, backend: str | None) -> dict[str, torch.Tensor]:
         return_max_logits=True,
         backend=backend,
     )
-    assert meta.max_logits is not None
-    return _with_gradients(case, leaves, out, meta.lse, meta.max_logits)
+    lse, max_logits = meta.lse, meta.max_logits
+    assert lse is not None and max_logits is not None
+    return _with_gradients(case, leaves, out, lse, max_logits)
 
 
 def _by_formula(case: Case, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ covered twice, rows that see nothing, diagonals that are off or far outside.
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import strategies as st
 
 from magi_attention.mask import INF, Mask
@@ -34,9 +35,8 @@ def masks(draw: st.DrawFn, min_size: int = 1, max_size: int = 60, max_bands: int
     sizes = st.integers(min_size, max_size)
     num_rows, num_cols = draw(sizes), draw(sizes)
     table = draw(st.lists(bands(num_rows, num_cols), max_size=max_bands))
-    if table and draw(st.booleans()):
-        table.append(draw(st.sampled_from(table)))
-    return Mask(table, num_rows, num_cols)
+    table += draw(st.lists(st.sampled_from(table), max_size=1)) if table else []
+    return Mask(np.array(table, dtype=np.int64), num_rows, num_cols)
 
 
 @st.composite

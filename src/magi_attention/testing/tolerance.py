@@ -4,7 +4,8 @@
 
 in the max norm and in the 2-norm, over the entries that are finite in fp64. The plain formula is the dense
 definition written in PyTorch at the input's precision. ``floor`` is an eighth of one rounding of the largest
-value (half precision only) plus two roundings of the arithmetic. NaN and infinities must be where fp64 has them.
+value (half precision only) plus two roundings of the arithmetic. NaN and infinities must be where fp64 has
+them.
 """
 
 from __future__ import annotations
@@ -38,9 +39,7 @@ class Figure:
     @property
     def ratio(self) -> float:
         """The larger of error / bound over the two norms; above 1 is a failure."""
-        return max(
-            e / b if b else float(e > 0) * torch.inf for e, b in zip(self.error, self.bound, strict=True)
-        )
+        return max(_quotient(e, b) for e, b in zip(self.error, self.bound, strict=True))
 
     @property
     def ok(self) -> bool:
@@ -100,6 +99,12 @@ def figure(
     floor = (rounding * size[0] + arithmetic, rounding * size[1] + arithmetic * truth.numel() ** 0.5)
     bound = (FACTOR * reference[0] + floor[0], FACTOR * reference[1] + floor[1])
     return Figure(name, error, reference, bound, fault)
+
+
+def _quotient(error: float, bound: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / bound if bound else float("inf")
 
 
 def _norms(x: torch.Tensor) -> tuple[float, float]:
