@@ -1,4 +1,4 @@
-"""Why a call runs as it does: what every backend says, which one is chosen, how the mask is cut into tiles."""
+"""Why a call runs as it does: what every backend says, which one is chosen, how a mask is cut into tiles."""
 
 from __future__ import annotations
 
