@@ -24,19 +24,19 @@ class TileConfig:
 # kernel -> largest padded head dimension -> tile, for 2-byte elements.
 _TRITON_TILES: dict[str, dict[int, TileConfig]] = {
     "forward": {
-        64: TileConfig(128, 128, 8, 3),
+        64: TileConfig(128, 64, 4, 3),
         128: TileConfig(128, 128, 8, 3),
-        256: TileConfig(128, 32, 8, 2),
+        256: TileConfig(128, 64, 8, 2),
     },
     "backward_dq": {
-        64: TileConfig(128, 64, 8, 3),
+        64: TileConfig(128, 64, 4, 3),
         128: TileConfig(128, 64, 8, 3),
         256: TileConfig(64, 32, 4, 1),
     },
     "backward_dkdv": {
-        64: TileConfig(64, 64, 4, 2),
+        64: TileConfig(64, 64, 4, 3),
         128: TileConfig(64, 64, 4, 2),
-        256: TileConfig(64, 32, 8, 1),
+        256: TileConfig(64, 32, 8, 2),
     },
 }
 

@@ -1,13 +1,12 @@
-"""Backward in two kernels, each of which owns what it writes: no atomics, the same bits every time.
+"""Backward in three kernels, each of which owns what it writes: no atomics, the same bits every time.
 
     delta_i = o_i . do_i - dlse_i                  p_ij  = exp(s_ij - lse_i)
     dv_j    = sum_i p_ij do_i                      ds_ij = p_ij (do_i . v_j - delta_i) cap'(s_ij)
     dq_i    = scale * sum_j ds_ij k_j              dk_j  = scale * sum_i ds_ij q_i
     dsink_i = -exp(z_i - lse_i) delta_i
 
-``dq_kernel`` walks the forward plan and begins with delta and dsink of its rows. ``dkdv_kernel``, launched after it,
-walks the plan of the transposed mask, where a tile owns keys and the columns are queries, and sums over the query heads
-of a group inside the program.
+``dq`` walks the forward plan; ``dk``/``dv`` walk the plan of the transposed mask, where a tile owns keys and the columns
+are queries, and sum over the query heads of a group inside the program.
 Strides of the (B, T, H, D) tensors are in units of 8 elements.
 """
 
@@ -30,25 +29,50 @@ from magi_attention.kernels.triton.primitives import (
 )
 
 
-@triton.jit
-def _row_statistics(
-    out, dout, live, lse, at, at_stats, sink, DLSE_PTR, DSINK, LSE2, DELTA,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "num_heads",
+        "stride_ob", "stride_ot", "stride_oh", "stride_gb", "stride_gt", "stride_gh", "stride_sb", "stride_st", "stride_sh",
+        "stride_lb", "stride_lt", "stride_lh",
+    ]
+)  # fmt: skip
+def delta_kernel(
+    OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,
+    DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
+    SINK, stride_sb: tl.int64, stride_st: tl.int64, stride_sh: tl.int64,
+    DLSE, stride_lb: tl.int64, stride_lt: tl.int64, stride_lh: tl.int64,
+    LSE, DSINK,  # fp32 (B, T, H), contiguous
+    LSE2, DELTA,  # fp32 (B, H, T), contiguous: what the gradient kernels read, lse in units of log2
+    num_rows, num_heads,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """(lse2, delta) of a tile, stored for the other kernel; writes dsink. Rows that see nothing get delta = 0."""
-    # Such a row has out = 0 whatever its dout holds.
-    delta = tl.sum(tl.where(out == 0.0, 0.0, out.to(tl.float32) * dout.to(tl.float32)), 1)
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    head, batch = tl.program_id(1), tl.program_id(2)
+    live = rows < num_rows
+    dims = tl.arange(0, BLOCK_DV)
+    out_head = head_of(OUT, batch, head, stride_ob, stride_oh)
+    dout_head = head_of(DOUT, batch, head, stride_gb, stride_gh)
+    num_live = num_rows - first_row
+    out = load_rows(out_head, first_row, num_live, stride_ot, dims, True, BLOCK_M, DV).to(tl.float32)
+    dout = load_rows(dout_head, first_row, num_live, stride_gt, dims, True, BLOCK_M, DV).to(tl.float32)
+    # A row that sees nothing has out = 0 whatever its dout holds.
+    delta = tl.sum(tl.where(out == 0.0, 0.0, out * dout), 1)
     if HAS_DLSE:
-        delta -= tl.load(DLSE_PTR, mask=live, other=0.0)
+        at_dlse = DLSE + batch.to(tl.int64) * stride_lb + rows.to(tl.int64) * stride_lt + head * stride_lh
+        delta -= tl.load(at_dlse, mask=live, other=0.0)
+    at = (batch.to(tl.int64) * num_rows + rows) * num_heads + head
+    lse = tl.load(LSE + at, mask=live, other=float("-inf"))
     blind = lse == float("-inf")
     delta = tl.where(blind, 0.0, delta)
-    lse2 = lse * LOG2E
+    at_stats = (batch.to(tl.int64) * num_heads + head) * num_rows + rows
     tl.store(DELTA + at_stats, delta, mask=live)
-    tl.store(LSE2 + at_stats, lse2, mask=live)
+    tl.store(LSE2 + at_stats, lse * LOG2E, mask=live)
     if HAS_SINK:
+        at_sink = SINK + batch.to(tl.int64) * stride_sb + rows.to(tl.int64) * stride_st + head * stride_sh
+        sink = tl.load(at_sink, mask=live, other=float("-inf"))
         weight = tl.exp2((sink - tl.where(blind, 0.0, lse)) * LOG2E)
         tl.store(DSINK + at, -weight * delta, mask=live)
-    return tl.where(live, lse2, float("inf")), delta
 
 
 @triton.jit
@@ -99,25 +123,19 @@ def _accumulate_dq(
     do_not_specialize=[
         "num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows",
         "stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_kt", "stride_kh", "stride_vb", "stride_vt", "stride_vh",
-        "stride_ob", "stride_ot", "stride_oh", "stride_gb", "stride_gt", "stride_gh", "stride_db", "stride_dt", "stride_dh",
-        "stride_sb", "stride_st", "stride_sh", "stride_lb", "stride_lt", "stride_lh",
+        "stride_gb", "stride_gt", "stride_gh", "stride_db", "stride_dt", "stride_dh",
     ]
 )  # fmt: skip
 def dq_kernel(
     Q, stride_qb: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
     K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
     V, stride_vb: tl.int64, stride_vt: tl.int32, stride_vh: tl.int64,
-    K_DESC, V_DESC,  # tensor descriptors of K and V when TMA
-    OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,
     DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
+    K_DESC, V_DESC,  # tensor descriptors of K and V when TMA
     DQ, stride_db: tl.int64, stride_dt: tl.int32, stride_dh: tl.int64,
-    SINK, stride_sb: tl.int64, stride_st: tl.int64, stride_sh: tl.int64,
-    DLSE, stride_lb: tl.int64, stride_lt: tl.int64, stride_lh: tl.int64,
-    LSE, DSINK,  # fp32 (B, T, H), contiguous
-    LSE2, DELTA,  # fp32 (B, H, T), contiguous, written here for dkdv_kernel; lse in units of log2
+    LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -126,31 +144,20 @@ def dq_kernel(
     if row_begin >= row_end:
         return
     batch, head = batch_head // heads_per_batch, batch_head % heads_per_batch
-    kv_head = head // group
     Q = head_of(Q, batch, head, stride_qb, stride_qh)
+    kv_head = head // group
     K = head_of(K, batch, kv_head, stride_kb, stride_kh)
     V = head_of(V, batch, kv_head, stride_vb, stride_vh)
-    OUT = head_of(OUT, batch, head, stride_ob, stride_oh)
     DOUT = head_of(DOUT, batch, head, stride_gb, stride_gh)
 
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     rows = row_begin + tl.arange(0, BLOCK_M)
     live = rows < row_end
-    num_live = row_end - row_begin
-    dout = load_rows(DOUT, row_begin, num_live, stride_gt, dims_v, True, BLOCK_M, DV)
-    out = load_rows(OUT, row_begin, num_live, stride_ot, dims_v, True, BLOCK_M, DV)
-    at = (batch.to(tl.int64) * num_rows + rows) * heads_per_batch + head
-    lse = tl.load(LSE + at, mask=live, other=float("-inf"))
-    sink = lse
-    if HAS_SINK:
-        at_sink = SINK + batch.to(tl.int64) * stride_sb + rows.to(tl.int64) * stride_st + head * stride_sh
-        sink = tl.load(at_sink, mask=live, other=float("-inf"))
-    at_dlse = DLSE + batch.to(tl.int64) * stride_lb + rows.to(tl.int64) * stride_lt + head * stride_lh
-    lse2, delta = _row_statistics(
-        out, dout, live, lse, at, batch_head.to(tl.int64) * num_rows + rows, sink, at_dlse, DSINK, LSE2, DELTA,
-        HAS_SINK, HAS_DLSE,
-    )  # fmt: skip
-    q = load_rows(Q, row_begin, num_live, stride_qt, dims, True, BLOCK_M, D)
+    q = load_rows(Q, row_begin, row_end - row_begin, stride_qt, dims, True, BLOCK_M, D)
+    dout = load_rows(DOUT, row_begin, row_end - row_begin, stride_gt, dims_v, True, BLOCK_M, DV)
+    at = batch_head.to(tl.int64) * num_rows + rows
+    lse2 = tl.load(LSE2 + at, mask=live, other=float("inf"))
+    delta = tl.load(DELTA + at, mask=live, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)

@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from magi_attention.kernels.triton.backward import dkdv_kernel, dq_kernel
+from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import TilePlan
@@ -71,6 +71,12 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
     lse2, delta = lse.new_empty(batch, num_heads, num_rows), lse.new_empty(batch, num_heads, num_rows)
+    if num_rows and batch:
+        delta_kernel[(triton.cdiv(num_rows, 64), num_heads, batch)](
+            out, *_strides(out), dout, *_strides(dout), *_sink_arguments(sink, lse), *_sink_arguments(dlse, lse),
+            lse, dsink, lse2, delta, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
+            DV=head_dim_v, BLOCK_M=64, BLOCK_DV=_padded(head_dim, head_dim_v)["BLOCK_DV"], num_warps=4,
+        )  # fmt: skip
     group = num_heads // num_kv_heads
     # The copy engine refuses tensors of no rows.
     tma = _is_hopper_or_later(q.device) and min(q.shape[1], k.shape[1]) > 0
@@ -78,11 +84,9 @@ def backward(
     tile, plan = _plan("backward_dq", q, k, v, bands)
     if plan.num_tiles and batch:
         dq_kernel[(plan.num_tiles * batch * num_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), *_blocks(k, v, tile, tma),
-            out, *_strides(out), dout, *_strides(dout), dq, *_strides(dq), *_sink_arguments(sink, lse),
-            *_sink_arguments(dlse, lse), lse, dsink, lse2, delta, plan.tiles, plan.band_list, plan.bands,
-            plan.num_tiles, batch * num_heads, num_heads, _wave(k, v, num_heads), group, num_rows, softmax_scale,
-            softcap, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), *_blocks(k, v, tile, tma),
+            dq, *_strides(dq), lse2, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles,
+            batch * num_heads, num_heads, _wave(k, v, num_heads), group, num_rows, softmax_scale, softcap,
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **shape, **_options(tile, q),
         )  # fmt: skip
     tile, plan = _plan("backward_dkdv", q, k, v, bands)
