@@ -1,0 +1,235 @@
+"""The operators behave as PyTorch expects: schemas, tracing, compilation, checkpointing, saved tensors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+from magi_attention.attention import attention
+from magi_attention.kernels import ops
+from magi_attention.mask import DeviceMask, Mask
+
+SOURCE = Path(__file__).parents[1] / "src"
+MASK = Mask.varlen([0, 9, 30], causal=True)
+COMPILERS = [
+    "eager",
+    "aot_eager",
+    pytest.param(
+        "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def leaves(mask: Mask = MASK, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """q, k, v and a sink that want gradients."""
+    shapes = [(mask.num_rows, 4, 16), (mask.num_cols, 2, 16), (mask.num_cols, 2, 8)]
+    tensors = [torch.randn(shape, dtype=dtype) for shape in shapes] + [torch.randn(5, 4)]
+    return [x.requires_grad_() for x in tensors]
+
+
+def model(q, k, v, sink, mask, softcap=2.0):
+    """Something around attention: it uses out and lse, and computes before and after."""
+    out, meta = attention(q * 1.5, k, v, mask, sink=sink, softcap=softcap)
+    return (out * 0.5).sin().sum() + meta.lse.square().sum()
+
+
+def gradients(function, inputs, *rest):
+    return torch.autograd.grad(function(*inputs, *rest), inputs)
+
+
+def operator_inputs(with_sink: bool, dtype: torch.dtype) -> tuple[list, list]:
+    """Arguments of the forward and of the backward operator."""
+    q, k, v, sink = (x.detach() for x in leaves(dtype=dtype))
+    rows = sink.logsumexp(0).to(ops.stats_dtype(dtype)).expand(1, 30, 4).clone() if with_sink else None
+    tensors = [x[None].contiguous().requires_grad_() for x in (q, k, v)]
+    forward = [
+        *tensors,
+        None if rows is None else rows.requires_grad_(),
+        MASK.table,
+        0.25,
+        1.5,
+        True,
+        "blockwise",
+    ]
+    out, lse, _ = (x.detach() for x in ops.forward(*forward))
+    saved = [None if x is None else x.detach() for x in forward[:4]]
+    dlse = torch.randn_like(lse) if with_sink else None
+    backward = [torch.randn_like(out), dlse, *saved, out, lse, MASK.table, 0.25, 1.5, "blockwise"]
+    return forward, backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize(
+    "utility", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+)
+def test_operators_pass_opcheck(with_sink, dtype, utility):
+    forward, backward = operator_inputs(with_sink, dtype)
+    torch.library.opcheck(torch.ops.magi_attention.forward.default, tuple(forward), test_utils=utility)
+    torch.library.opcheck(torch.ops.magi_attention.backward.default, tuple(backward), test_utils=utility)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_traced_shapes_dtypes_and_strides_are_the_real_ones(with_sink):
+    for operator, arguments in zip(
+        (torch.ops.magi_attention.forward.default, torch.ops.magi_attention.backward.default),
+        operator_inputs(with_sink, torch.bfloat16),
+        strict=True,
+    ):
+        real = operator(*arguments)
+        meta = [x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
+        for ours, traced in zip(real, operator(*meta), strict=True):
+            assert (ours.shape, ours.dtype, ours.stride()) == (traced.shape, traced.dtype, traced.stride())
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(compiler, dynamic):
+    inputs = leaves()
+    compiled = torch.compile(model, backend=compiler, fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(compiled(*inputs, MASK), model(*inputs, MASK))
+    for ours, eager in zip(gradients(compiled, inputs, MASK), gradients(model, inputs, MASK), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_compiled_without_a_sink_and_with_either_sign_of_the_scale(scale):
+    q, k, v, _ = leaves()
+
+    def function(q, k, v):
+        return attention(q, k, v, MASK, softmax_scale=scale, return_max_logits=True)
+
+    out, meta = function(q, k, v)
+    compiled_out, compiled_meta = torch.compile(function, backend="aot_eager", fullgraph=True)(q, k, v)
+    torch.testing.assert_close(compiled_out, out)
+    torch.testing.assert_close(compiled_meta.lse, meta.lse)
+    torch.testing.assert_close(compiled_meta.max_logits, meta.max_logits)
+
+
+def test_new_lengths_and_masks_do_not_compile_again():
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in (20, 33, 47, 64, 81, 130, 7):
+        cuts = [0, 3, length // 2, length]
+        for mask in (
+            Mask.varlen(cuts, causal=True),
+            Mask.sliding_window(length, window=(4, 0), keep_first=2),
+            Mask.prefix_tree([3, 2, length - 5], [-1, 0, 0]),
+            DeviceMask(Mask.varlen(cuts).table, length, length),
+        ):
+            inputs = leaves(mask)
+            torch.testing.assert_close(compiled(*inputs, mask), model(*inputs, mask))
+    assert counter.frame_count <= 2, "one compilation for each kind of mask object"
+
+
+def test_one_band_and_many_compile_twice_at_most():
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in (20, 33, 47, 64):
+        for mask in (Mask.causal(length), Mask.varlen([0, 3, length]), Mask.full(length)):
+            compiled(*leaves(mask), mask)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(use_reentrant):
+    inputs = leaves()
+    plain = gradients(model, inputs, MASK)
+    again = [x.detach().clone().requires_grad_() for x in inputs]
+    checkpoint(model, *again, MASK, use_reentrant=use_reentrant).backward()
+    for leaf, grad in zip(again, plain, strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+def test_checkpointing_inside_a_compiled_function():
+    inputs = leaves()
+
+    def function(*arguments):
+        return checkpoint(model, *arguments, use_reentrant=False)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for ours, eager in zip(gradients(compiled, inputs, MASK), gradients(model, inputs, MASK), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_the_first_call_of_a_process_may_be_compiled():
+    code = """
+import sys, torch
+import magi_attention.kernels.ops
+assert "triton" not in sys.modules
+from magi_attention.attention import attention
+from magi_attention.mask import Mask
+q = torch.randn(12, 2, 16, requires_grad=True)
+mask = Mask.causal(12)
+compiled = torch.compile(lambda q: attention(q, q, q, mask)[0], backend="aot_eager", fullgraph=True)
+out = compiled(q)
+(grad,) = torch.autograd.grad(out.sum(), [q])
+eager = attention(q, q, q, mask)[0]
+torch.testing.assert_close(out, eager)
+torch.testing.assert_close(grad, torch.autograd.grad(eager.sum(), [q])[0])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), *sys.path])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_interleaved_graphs_do_not_mix():
+    other = Mask.sliding_window(17, window=(3, 2))
+    first, second = leaves(), leaves(other)
+    alone = [gradients(model, first, MASK), gradients(model, second, other)]
+    loss_first, loss_second = model(*first, MASK), model(*second, other)
+    mixed = [torch.autograd.grad(loss_first, first), torch.autograd.grad(loss_second, second)]
+    for a, b in zip(alone, mixed, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_twice():
+    inputs = leaves()
+    loss = model(*inputs, MASK)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "out", "lse", "mask"])
+def test_changing_a_saved_tensor_in_place_raises(which):
+    q, k, v, _ = leaves()
+    mask = DeviceMask(MASK.table.clone(), MASK.num_rows, MASK.num_cols)
+    out, meta = attention(q, k, v, mask)
+    loss = out.sum() + meta.lse.sum()
+    changed = {"q": q, "k": k, "v": v, "out": out, "lse": meta.lse, "mask": mask.table}[which]
+    with torch.no_grad():
+        changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_mode_and_no_grad_give_the_same_output():
+    inputs = leaves()
+    want = attention(*inputs[:3], MASK)[0].detach()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            out, _ = attention(*inputs[:3], MASK)
+        assert torch.equal(out, want) and not out.requires_grad
+
+
+def test_autocast_leaves_the_inputs_dtype_alone():
+    q, k, v, _ = leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = attention(q, k, v, MASK)
+    assert out.dtype == torch.float32
