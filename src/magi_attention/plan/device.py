@@ -177,22 +177,27 @@ def _measure_tiles_kernel(
         c = start + tl.arange(0, BLOCK)
         first = tl.load(FIRST_TILE + c, mask=c < num_cuts, other=0)
         segment += tl.sum(((first <= tile) & (c < num_cuts)).to(tl.int32), axis=0)
-    exists = segment + 1 < num_cuts
+    if segment + 1 >= num_cuts:
+        tl.store(EXTENT + 2 * tile, 0)
+        tl.store(EXTENT + 2 * tile + 1, 0)
+        tl.store(SPANS + 2 * tile + 1, 0)
+        tl.store(COST + tile, -1)
+        return
     row_begin = tl.load(CUTS + segment) + (tile - tl.load(FIRST_TILE + segment)) * block_rows
-    row_end = tl.minimum(row_begin + block_rows, tl.load(CUTS + segment + 1, mask=exists, other=0))
+    row_end = tl.minimum(row_begin + block_rows, tl.load(CUTS + segment + 1))
     count, cost = 0, 0
     for start in range(0, num_bands, BLOCK):
         n = start + tl.arange(0, BLOCK)
         q0, q1, k0, k1, lo, hi = _load_band(COLUMNS + n, num_bands, n < num_bands)
-        inside = (q0 <= row_begin) & (row_begin < q1) & exists
+        inside = (q0 <= row_begin) & (row_begin < q1)
         width = tl.minimum(k1, row_end + hi) - tl.maximum(k0, row_begin + lo)
         blocks = (width + block_cols - 1) // block_cols
         count += tl.sum(inside.to(tl.int32), axis=0)
         cost += tl.sum(tl.where(inside, tl.maximum(blocks, 0), 0), axis=0)
-    tl.store(EXTENT + 2 * tile, tl.where(exists, row_begin, 0))
-    tl.store(EXTENT + 2 * tile + 1, tl.where(exists, row_end, 0))
+    tl.store(EXTENT + 2 * tile, row_begin)
+    tl.store(EXTENT + 2 * tile + 1, row_end)
     tl.store(SPANS + 2 * tile + 1, count)
-    tl.store(COST + tile, tl.where(exists, cost, -1))
+    tl.store(COST + tile, cost)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_bands", "capacity"])
@@ -225,7 +230,7 @@ def _write_tiles_kernel(EXTENT, SPANS, RANK, COLUMNS, TILES, LIST, num_bands, BL
         for start in range(0, num_bands, BLOCK):
             n = start + tl.arange(0, BLOCK)
             tl.store(LIST + n, n, mask=n < num_bands)
-    if begin >= num_bands:
+    if exists & (begin >= num_bands):
         written = begin
         for start in range(0, num_bands, BLOCK):
             n = start + tl.arange(0, BLOCK)
