@@ -202,6 +202,8 @@ def test_device_ranges_are_remembered_by_identity_and_version() -> None:
     ranges[1][0, 1] = 3
     edited = lowered(*ranges)
     assert edited is not first and edited.table[0, 3] == 3 and first.table[0, 3] == 8
+    torch.autograd.graph.increment_version(ranges[0])
+    assert lowered(*ranges) is not edited
 
 
 def test_device_ranges_lower_to_the_bands_of_the_host_mask() -> None:
