@@ -195,14 +195,16 @@ def backward(
     for b in range(batch):
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
         dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
+        v_KSV = torch.cat([v_KSV, torch.ones_like(v_KSV[:, :, :1])], dim=2)
         for tile in _tiles(q, k, bands):
             rows = slice(tile.row_begin, tile.row_end)
             q_KRD = _fold(q[b, rows], num_kv_heads, work) * softmax_scale
             dout_KRV = _fold(dout[b, rows], num_kv_heads, work)
             lse_KR1 = _fold(lse[b, rows, :, None], num_kv_heads, work)
-            delta_KR1 = _fold(delta[b, rows, :, None], num_kv_heads, work)
+            # (do, -delta) . (v, 1) = do . v - delta, without a pass over the scores.
+            dout_KRV = torch.cat([dout_KRV, -_fold(delta[b, rows, :, None], num_kv_heads, work)], dim=2)
             for heads in _head_steps(num_kv_heads, q_KRD.shape[1]):
-                operands = (x[heads] for x in (q_KRD, k_KSD, v_KSV, dout_KRV, lse_KR1, delta_KR1, dk_KSD, dv_KSV))
+                operands = (x[heads] for x in (q_KRD, k_KSD, v_KSV, dout_KRV, lse_KR1, dk_KSD, dv_KSV))
                 dq_KRD = _tile_gradients(*operands, tile, softcap)
                 head_slice = slice(heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads)
                 dq[b, rows, head_slice] = _unfold(dq_KRD * softmax_scale, tile.row_end - tile.row_begin).to(q.dtype)
@@ -216,21 +218,23 @@ def _tile_gradients(
     v: torch.Tensor,
     dout: torch.Tensor,
     lse: torch.Tensor,
-    delta: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
     tile: _Tile,
     softcap: float,
 ) -> torch.Tensor:
-    """dq (K, R, D) without the softmax scale; adds this tile's share to ``dk`` and ``dv`` in place."""
+    """dq (K, R, D) without the softmax scale; adds this tile's share to ``dk`` and ``dv`` in place.
+
+    ``dout`` carries -delta and ``v`` ones in a last column.
+    """
     dq = torch.zeros_like(q)
     for chunk in tile.chunks:
         cols = slice(chunk.begin, chunk.end)
         scores = _scores(q, k, tile, chunk, softcap)
         slope = 1 - (scores / softcap).square_() if softcap > 0 else None
         weights = scores.sub_(lse).exp_()
-        dv[:, cols].baddbmm_(weights.transpose(1, 2), dout)
-        dscores = torch.bmm(dout, v[:, cols].transpose(1, 2)).sub_(delta).mul_(weights)
+        dv[:, cols].baddbmm_(weights.transpose(1, 2), dout[:, :, :-1])
+        dscores = torch.bmm(dout, v[:, cols].transpose(1, 2)).mul_(weights)
         if slope is not None:
             dscores.mul_(slope.masked_fill_(weights == 0, 0.0))
         dq.baddbmm_(dscores, k[:, cols])
