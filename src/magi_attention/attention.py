@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.errors import check_tensor, check_type, complaint
+from magi_attention.errors import check_count, check_number, check_tensor, check_type, complaint
 from magi_attention.kernels import ops
 from magi_attention.kernels.reference.dense import safe_logsumexp
 from magi_attention.kernels.select import choose_backend, request_of
@@ -75,7 +75,9 @@ def attention(
         TypeError, ValueError: arguments that do not fit together. NotImplementedError: a feature or a named backend
             that cannot run this call; the message says why.
     """
-    _check_arguments(q, k, v, mask, softcap, dropout_p, alibi_slopes, sm_margin)
+    _check_tensors(q, k, v)
+    _check_mask(mask, q, k)
+    _check_scalars(softmax_scale, softcap, sm_margin, dropout_p, alibi_slopes)
     batched = q.dim() == 4
     if not batched:
         q, k, v = q[None], k[None], v[None]
@@ -108,47 +110,45 @@ def _sink_of(sink: torch.Tensor | None, q: torch.Tensor, batched: bool) -> torch
 _SINK_REMEDY = 'Layouts: "sh" (s_sink, num_heads) or "ssh" (num_tokens_q, s_sink, num_heads).'
 
 
-def _check_arguments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: BandMask,
-    softcap: float,
-    dropout_p: float,
-    alibi_slopes: torch.Tensor | None,
-    sm_margin: int,
-) -> None:
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     check_type("q", q, torch.Tensor)
     if q.dim() not in (3, 4):
         raise ValueError(complaint("q shape", "(T, H, D) or (B, T, H, D)", tuple(q.shape)))
     check_tensor("q", q, dtypes=_FLOATS)
-    batch = q.shape[:-3]
-    head_dim = q.shape[-1]
+    batch, head_dim = q.shape[:-3], q.shape[-1]
     check_tensor("k", k, shape=(*batch, "S", "HK", head_dim), dtypes=(q.dtype,), device=q.device)
     check_tensor("v", v, shape=(*batch, k.shape[-3], k.shape[-2], "DV"), dtypes=(q.dtype,), device=q.device)
     num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(
-            complaint("heads of q", f"a multiple of the {num_kv_heads} heads of k and v", num_heads)
-        )
+        expected = f"a multiple of the {num_kv_heads} heads of k and v"
+        raise ValueError(complaint("heads of q", expected, num_heads))
     if head_dim == 0 or v.shape[-1] == 0:
         raise ValueError(complaint("head dimension", "at least 1", (head_dim, v.shape[-1])))
-    for name in ("table", "num_rows", "num_cols"):
-        if not hasattr(mask, name):
-            raise TypeError(complaint("mask", "a Mask or DeviceMask", type(mask).__name__, "Build one with Mask.causal, ..."))
+
+
+def _check_mask(mask: BandMask, q: torch.Tensor, k: torch.Tensor) -> None:
+    if not all(hasattr(mask, name) for name in ("table", "num_rows", "num_cols")):
+        remedy = "Build one with Mask.causal, Mask.varlen, ..."
+        raise TypeError(complaint("mask", "a Mask or DeviceMask", type(mask).__name__, remedy))
     if (mask.num_rows, mask.num_cols) != (q.shape[-3], k.shape[-3]):
-        raise ValueError(
-            complaint("mask size", f"{q.shape[-3]} rows x {k.shape[-3]} columns", f"{mask.num_rows} x {mask.num_cols}")
-        )
+        expected = f"{q.shape[-3]} rows x {k.shape[-3]} columns"
+        raise ValueError(complaint("mask size", expected, f"{mask.num_rows} x {mask.num_cols}"))
     if mask.table.device.type != "cpu" and mask.table.device != q.device:
         raise ValueError(complaint("mask.table device", f"cpu or {q.device}", mask.table.device))
     if max(mask.num_rows, mask.num_cols) >= INF // 2:
         raise ValueError(complaint("tokens", f"fewer than {INF // 2}", max(mask.num_rows, mask.num_cols)))
+
+
+def _check_scalars(
+    softmax_scale: float | None, softcap: float, sm_margin: int, dropout_p: float, alibi_slopes: object
+) -> None:
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
+    check_number("softcap", softcap)
     if softcap < 0:
         raise ValueError(complaint("softcap", "0 (off) or a positive number", softcap))
-    if sm_margin < 0:
-        raise ValueError(complaint("sm_margin", "0 or a positive number of multiprocessors", sm_margin))
+    check_count("sm_margin", sm_margin)
     if dropout_p != 0.0:
         raise NotImplementedError(complaint("dropout_p", "0.0", dropout_p, "Dropout is not available."))
     if alibi_slopes is not None:
-        raise NotImplementedError(complaint("alibi_slopes", "None", "a tensor", "ALiBi is not available."))
+        raise NotImplementedError(complaint("alibi_slopes", "None", "slopes", "ALiBi is not available."))

@@ -2,7 +2,7 @@
 
 | variable | default | meaning |
 |---|---|---|
-| ``MAGI_ATTENTION_SANITY_CHECK`` | 0 | "1": check CUDA range tensors on the host (synchronises) and name the offending slice |
+| ``MAGI_ATTENTION_SANITY_CHECK`` | 0 | "1": check CUDA ranges on the host (waits for the GPU), name the bad slice |
 | ``MAGI_ATTENTION_BACKEND`` | unset | debugging: the backend to use wherever a caller names none |
 | ``MAGI_ATTENTION_LOG_LEVEL`` | WARNING | level of the ``magi_attention`` logger |
 | ``TRITON_INTERPRET`` | 0 | Triton's own switch: "1" runs Triton kernels in its CPU interpreter |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,3 +49,19 @@ def check_tensor(
         raise TypeError(complaint(f"{name} dtype", wanted, tensor.dtype, remedy))
     if device is not None and tensor.device != device:
         raise ValueError(complaint(f"{name} device", str(device), tensor.device, remedy))
+
+
+def check_number(name: str, value: object) -> None:
+    """TypeError unless a Python number, ValueError when not finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(complaint(name, "a number", type(value).__name__))
+    if not math.isfinite(value):
+        raise ValueError(complaint(name, "a finite number", value))
+
+
+def check_count(name: str, value: object) -> None:
+    """TypeError unless an integer, ValueError when negative."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(complaint(name, "an integer", type(value).__name__))
+    if value < 0:
+        raise ValueError(complaint(name, "at least 0", value))

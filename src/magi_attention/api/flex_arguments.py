@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from magi_attention.errors import check_tensor, check_type, complaint
+from magi_attention.errors import check_count, check_tensor, check_type, complaint
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -150,29 +149,6 @@ def check_packed_tokens(q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 _PACKED = "Pack a batch along the first axis and give each sequence a slice."
-
-
-def check_scores(
-    softmax_scale: float | None, softcap: float, sm_margin: int, return_max_logits: bool
-) -> None:
-    """Types of the scalar arguments, and that numbers are finite."""
-    for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
-        if name == "softmax_scale" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(complaint(name, "a number", type(value).__name__))
-        if not math.isfinite(value):
-            raise ValueError(complaint(name, "a finite number", value))
-    check_count("sm_margin", sm_margin)
-    check_type("return_max_logits", return_max_logits, bool)
-
-
-def check_count(name: str, value: int) -> None:
-    """TypeError unless an integer, ValueError when negative."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(complaint(name, "an integer", type(value).__name__))
-    if value < 0:
-        raise ValueError(complaint(name, "at least 0", value))
 
 
 def check_sink_layout(sink: torch.Tensor | None, layout: str) -> None:

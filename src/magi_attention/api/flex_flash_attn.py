@@ -11,12 +11,12 @@ from magi_attention.api.flex_arguments import (
     accept_older_orders,
     check_mask_source,
     check_packed_tokens,
-    check_scores,
     check_sink_layout,
 )
 from magi_attention.api.flex_mask import Ranges, Types, mask_of_ranges
 from magi_attention.attention import attention
 from magi_attention.common import AttnForwardMeta
+from magi_attention.errors import check_type
 
 
 @accept_older_orders
@@ -102,7 +102,7 @@ def flex_flash_attn_func(
     check_mask_source(q_ranges, k_ranges, index_attn_indices, index_attn, q_block_size, k_block_size)
     assert q_ranges is not None and k_ranges is not None
     check_packed_tokens(q, k)
-    check_scores(softmax_scale, softcap, sm_margin, return_max_logits)
+    check_type("return_max_logits", return_max_logits, bool)
     check_sink_layout(sink, sink_layout)
     KernelHints(
         deterministic, disable_fwd_atomic_reduction, disable_bwd_dkv_atomic_reduction, auto_range_merge,

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from magi_attention.kernels.problem import Problem
+
 _FORWARD = (
     "forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, float softmax_scale, float softcap, "
     "bool need_max_logits, str backend) -> (Tensor out, Tensor lse, Tensor max_logits)"
@@ -45,13 +47,13 @@ def _implementation(backend: str) -> Any:
 
 
 def _forward(q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, backend):  # type: ignore[no-untyped-def]
-    run = _implementation(backend).forward
-    return run(q, k, v, sink, bands, softmax_scale, softcap, need_max_logits)
+    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap)
+    return _implementation(backend).forward(problem, need_max_logits)
 
 
 def _backward(dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, backend):  # type: ignore[no-untyped-def]
-    run = _implementation(backend).backward
-    return run(dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap)
+    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap)
+    return _implementation(backend).backward(problem, out, lse, dout, dlse)
 
 
 for _device in ("CPU", "CUDA"):

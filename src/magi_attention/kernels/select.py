@@ -86,7 +86,9 @@ def describe(request: Request) -> str:
     lines = []
     for backend in BACKENDS:
         reason = refusal(backend, request)
-        lines.append(f"  {backend:<10} {'yes' if reason is None else 'no: ' + reason}  ({DESCRIPTIONS[backend]})")
+        lines.append(
+            f"  {backend:<10} {'yes' if reason is None else 'no: ' + reason}  ({DESCRIPTIONS[backend]})"
+        )
     return "\n".join(lines)
 
 

@@ -74,7 +74,9 @@ class Mask(MaskBuilders):
             )
         bands.setflags(write=False)
         object.__setattr__(self, "bands", bands)
-        object.__setattr__(self, "table", torch.from_numpy(bands.astype(np.int32)))
+        # Not an inference tensor even when built in inference mode: a later training step may save it.
+        with torch.inference_mode(False):
+            object.__setattr__(self, "table", torch.from_numpy(bands.astype(np.int32)))
 
     @cached_property
     def area(self) -> int:

@@ -64,7 +64,9 @@ class PlanCache:
         capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if table.is_cuda and (capturing or table.is_inference()):
             return _build(table, key)
-        by_identity = None if table.is_inference() else (table.data_ptr(), table._version, table.shape[0], key)
+        by_identity = (
+            None if table.is_inference() else (table.data_ptr(), table._version, table.shape[0], key)
+        )
         found = self._get(by_identity)
         if found is not None:
             return found
@@ -92,7 +94,9 @@ class PlanCache:
         _order_after(entry)
         return entry.plan
 
-    def _put(self, name: tuple | None, table: torch.Tensor | None, plan: TilePlan, device: torch.device) -> None:
+    def _put(
+        self, name: tuple | None, table: torch.Tensor | None, plan: TilePlan, device: torch.device
+    ) -> None:
         if name is None:
             return
         stream, ready = 0, None

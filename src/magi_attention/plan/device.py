@@ -23,7 +23,13 @@ _CHUNK = 1024
 
 
 def build_device_plan(
-    table: torch.Tensor, num_rows: int, num_cols: int, block_rows: int, block_cols: int, *, transposed: bool = False
+    table: torch.Tensor,
+    num_rows: int,
+    num_cols: int,
+    block_rows: int,
+    block_cols: int,
+    *,
+    transposed: bool = False,
 ) -> TilePlan:
     """Tile plan of device bands, without looking at them from the host.
 
@@ -56,7 +62,17 @@ def build_device_plan(
     extent, spans = torch.empty(2, num_tiles, 2, dtype=torch.int32, device=device)
     cost, rank = torch.empty(2, num_tiles, dtype=torch.int32, device=device)
     _measure_tiles_kernel[(num_tiles,)](
-        ordered, first_tile, columns, extent, spans, cost, num_cuts, num_bands, block_rows, block_cols, BLOCK=_CHUNK
+        ordered,
+        first_tile,
+        columns,
+        extent,
+        spans,
+        cost,
+        num_cuts,
+        num_bands,
+        block_rows,
+        block_cols,
+        BLOCK=_CHUNK,
     )
     _place_lists_kernel[(1,)](spans, num_tiles, num_bands, capacity, BLOCK=4 * _CHUNK, num_warps=8)
     _rank_descending(cost, rank)
@@ -68,7 +84,9 @@ def _sort_ascending(keys: torch.Tensor, out: torch.Tensor) -> None:
     if keys.shape[0] > _MAX_COUNTED:
         torch.sort(keys, out=(out, torch.empty_like(out, dtype=torch.int64)))
     else:
-        _rank_kernel[(triton.cdiv(keys.shape[0], 16),)](keys, out, keys.shape[0], SCATTER=True, BLOCK=16, CHUNK=_CHUNK)
+        _rank_kernel[(triton.cdiv(keys.shape[0], 16),)](
+            keys, out, keys.shape[0], SCATTER=True, BLOCK=16, CHUNK=_CHUNK
+        )
 
 
 def _rank_descending(cost: torch.Tensor, rank: torch.Tensor) -> None:
@@ -168,7 +186,17 @@ def _count_tiles_kernel(CUTS, FIRST_TILE, num_cuts, block_rows, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["num_cuts", "num_bands", "block_rows", "block_cols"])
 def _measure_tiles_kernel(
-    CUTS, FIRST_TILE, COLUMNS, EXTENT, SPANS, COST, num_cuts, num_bands, block_rows, block_cols, BLOCK: tl.constexpr
+    CUTS,
+    FIRST_TILE,
+    COLUMNS,
+    EXTENT,
+    SPANS,
+    COST,
+    num_cuts,
+    num_bands,
+    block_rows,
+    block_cols,
+    BLOCK: tl.constexpr,
 ):
     """Rows of one tile, how many bands it meets, and how many blocks they make; -1 for a tile that does not exist."""
     tile = tl.program_id(0)

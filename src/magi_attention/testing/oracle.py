@@ -16,6 +16,7 @@ import torch
 from magi_attention.attention import BandMask, attention
 from magi_attention.kernels.reference.dense import dense_attention, multiplicity
 from magi_attention.mask import Mask
+from magi_attention.mask.bands import K0, K1
 from magi_attention.testing.tolerance import Comparison, figure
 
 
@@ -195,21 +196,26 @@ def _cleaned(case: Case) -> Case:
 
 
 def _restricted(case: Case, rows: Sequence[int]) -> Case:
-    """Only these query rows, in this order."""
+    """Only these query rows, in this order, and the keys from the first to the last that one of them sees."""
     at = torch.as_tensor(rows, device=case.q.device)
     index = np.asarray(rows, dtype=np.int64)
     whole = Mask(case.mask.table.cpu().numpy(), case.mask.num_rows, case.mask.num_cols)
-    mask = whole.localise(np.stack([index, index + 1], axis=1), [(0, whole.num_cols)])
+    strip = whole.localise(np.stack([index, index + 1], axis=1), [(0, whole.num_cols)]).canonical()
+    begin, end = (
+        (int(strip.bands[:, K0].min()), int(strip.bands[:, K1].max())) if len(strip.bands) else (0, 0)
+    )
+    mask = strip.localise([(0, len(index))], [(begin, end)])
 
     def take(x: torch.Tensor | None, dim: int) -> torch.Tensor | None:
         return None if x is None else x.index_select(dim, at)
 
-    sink = case.sink if case.sink is None or case.sink.dim() == 2 else take(case.sink, -3)
     return replace(
         case,
         q=case.q.index_select(-3, at),
+        k=case.k.narrow(-3, begin, end - begin),
+        v=case.v.narrow(-3, begin, end - begin),
         mask=mask,
-        sink=sink,
+        sink=case.sink if case.sink is None or case.sink.dim() == 2 else take(case.sink, -3),
         dout=take(case.dout, -3),
         dlse=take(case.dlse, -2),
     )

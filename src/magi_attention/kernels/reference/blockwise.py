@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
+from magi_attention.kernels.problem import Problem
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import run_geometry
 
@@ -56,12 +58,13 @@ class _Tile:
     chunks: list[_Chunk]
 
 
-def _tiles(q: torch.Tensor, k: torch.Tensor, bands: torch.Tensor) -> Iterator[_Tile]:
+def _tiles(problem: Problem) -> Iterator[_Tile]:
     """Tiles that see something, with what they see."""
+    q, k = problem.q, problem.k
     group = q.shape[2] // k.shape[2]
     block_rows = max(32, _TILE_ROWS // group)
     key = PlanKey(q.shape[1], k.shape[1], block_rows, 1, False, torch.device("cpu"))
-    plan = plan_cache.plan_for(bands.cpu(), key)
+    plan = plan_cache.plan_for(problem.bands.cpu(), key)
     tiles, band_list = plan.tiles.numpy().astype(np.int64), plan.band_list.numpy()
     table = plan.bands.numpy().astype(np.int64)
     for row_begin, row_end, begin, count in tiles:
@@ -79,7 +82,7 @@ def _cut(first: int, last: int, full_begin: int, full_end: int, lo: int, hi: int
     """A run in chunks of nearly equal width; columns [full_begin, full_end) need no mask."""
     pieces = -(-(last - first) // _CHUNK_COLS)
     edges = [first + (last - first) * n // pieces for n in range(pieces + 1)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         left = min(max(full_begin, begin), end) - begin
         right = min(max(full_end, begin + left), end) - begin
         yield _Chunk(begin, end, left, right, lo, hi)
@@ -107,18 +110,9 @@ def _head_steps(num_kv_heads: int, folded_rows: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, num_kv_heads))
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    bands: torch.Tensor,
-    softmax_scale: float,
-    softcap: float,
-    need_max_logits: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, lse, max_logits) of the registered operator."""
-    work = torch.promote_types(q.dtype, torch.float32)
+def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, max_logits) of one call."""
+    q, k, v, softcap, work = problem.q, problem.k, problem.v, problem.softcap, problem.stats_dtype
     batch, num_rows, num_heads, _ = q.shape
     num_kv_heads = k.shape[2]
     out = q.new_zeros(batch, num_rows, num_heads, v.shape[3])
@@ -126,34 +120,53 @@ def forward(
     max_logits = q.new_full((num_kv_heads, num_heads // num_kv_heads), -torch.inf, dtype=work)
     for b in range(batch):
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
-        for tile in _tiles(q, k, bands):
+        for tile in _tiles(problem):
             rows = slice(tile.row_begin, tile.row_end)
             height = tile.row_end - tile.row_begin
-            q_KRD = _fold(q[b, rows], num_kv_heads, work) * softmax_scale
+            q_KRD = _fold(q[b, rows], num_kv_heads, work) * problem.softmax_scale
             for heads in _head_steps(num_kv_heads, q_KRD.shape[1]):
-                tile_out, tile_lse, top = _attend(q_KRD[heads], k_KSD[heads], v_KSV[heads], tile, softcap)
-                head_slice = slice(heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads)
+                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, softcap)
+                tile_out, tile_lse, top = _attend(scores, v_KSV[heads])
+                head_slice = slice(
+                    heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads
+                )
                 out[b, rows, head_slice] = _unfold(tile_out, height).to(out.dtype)
                 lse[b, rows, head_slice] = _unfold(tile_lse, height)[:, :, 0]
                 if need_max_logits:
                     per_head = top.view(top.shape[0], -1, height).amax(dim=2)
                     max_logits[heads] = torch.maximum(max_logits[heads], per_head)
-    if sink is not None:
-        with_sink = torch.logaddexp(lse, sink.to(work))
+    if problem.sink is not None:
+        with_sink = torch.logaddexp(lse, problem.sink.to(work))
         out = (out * torch.exp(lse - with_sink).nan_to_num_(0.0)[..., None]).to(q.dtype)
         lse = with_sink
     return out, lse, max_logits.flatten()
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: _Tile, softcap: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (K, R, V), lse (K, R, 1) and largest score (K, R, 1) of one tile of scaled queries (K, R, D)."""
+@dataclass(frozen=True)
+class _Scores:
+    """Capped scores of one tile of scaled queries ``q`` (K, R, D) with keys ``k`` (K, S, D), a chunk at a time."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    tile: _Tile
+    softcap: float
+
+    def of(self, chunk: _Chunk) -> torch.Tensor:
+        """(K, R, C), invisible pairs at ``_HIDDEN``."""
+        scores = torch.bmm(self.q, self.k[:, chunk.begin : chunk.end].transpose(1, 2))
+        if self.softcap > 0:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        chunk.hide(scores, self.tile.row_begin, self.tile.row_end - self.tile.row_begin)
+        return scores
+
+
+def _attend(scores: _Scores, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out (K, R, V), lse (K, R, 1) and largest score (K, R, 1) of one tile."""
     parts = []
-    for chunk in tile.chunks:
-        scores = _scores(q, k, tile, chunk, softcap)
-        top = scores.amax(dim=2, keepdim=True)
-        weights = torch.softmax(scores, dim=2)
+    for chunk in scores.tile.chunks:
+        s = scores.of(chunk)
+        top = s.amax(dim=2, keepdim=True)
+        weights = torch.softmax(s, dim=2)
         # The largest weight is exp(top - lse).
         lse = top - torch.log(weights.amax(dim=2, keepdim=True))
         parts.append((torch.bmm(weights, v[:, chunk.begin : chunk.end]), lse, top))
@@ -165,30 +178,11 @@ def _attend(
     return out, lse, top
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, tile: _Tile, chunk: _Chunk, softcap: float) -> torch.Tensor:
-    """Capped scores (K, R, C) of scaled queries, invisible pairs at ``_HIDDEN``."""
-    scores = torch.bmm(q, k[:, chunk.begin : chunk.end].transpose(1, 2))
-    if softcap > 0:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    chunk.hide(scores, tile.row_begin, tile.row_end - tile.row_begin)
-    return scores
-
-
 def backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    bands: torch.Tensor,
-    softmax_scale: float,
-    softcap: float,
+    problem: Problem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv, dsink) of the registered operator; tiles add to dk and dv one after the other."""
-    work = lse.dtype
+    """(dq, dk, dv, dsink) of one call; tiles add to dk and dv one after the other."""
+    q, k, v, work = problem.q, problem.k, problem.v, problem.stats_dtype
     batch, num_heads, num_kv_heads = q.shape[0], q.shape[2], k.shape[2]
     delta = _delta(out, dout, lse, dlse)
     dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -196,53 +190,57 @@ def backward(
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
         dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
         v_KSV = torch.cat([v_KSV, torch.ones_like(v_KSV[:, :, :1])], dim=2)
-        for tile in _tiles(q, k, bands):
+        for tile in _tiles(problem):
             rows = slice(tile.row_begin, tile.row_end)
-            q_KRD = _fold(q[b, rows], num_kv_heads, work) * softmax_scale
+            q_KRD = _fold(q[b, rows], num_kv_heads, work) * problem.softmax_scale
             dout_KRV = _fold(dout[b, rows], num_kv_heads, work)
             lse_KR1 = _fold(lse[b, rows, :, None], num_kv_heads, work)
             # (do, -delta) . (v, 1) = do . v - delta, without a pass over the scores.
             dout_KRV = torch.cat([dout_KRV, -_fold(delta[b, rows, :, None], num_kv_heads, work)], dim=2)
             for heads in _head_steps(num_kv_heads, q_KRD.shape[1]):
-                operands = (x[heads] for x in (q_KRD, k_KSD, v_KSV, dout_KRV, lse_KR1, dk_KSD, dv_KSV))
-                dq_KRD = _tile_gradients(*operands, tile, softcap)
-                head_slice = slice(heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads)
-                dq[b, rows, head_slice] = _unfold(dq_KRD * softmax_scale, tile.row_end - tile.row_begin).to(q.dtype)
+                head_slice = slice(
+                    heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads
+                )
+                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem.softcap)
+                dq_KRD = _tile_gradients(
+                    scores, v_KSV[heads], dout_KRV[heads], lse_KR1[heads], dk_KSD[heads], dv_KSV[heads]
+                )
+                dq_tile = _unfold(dq_KRD * problem.softmax_scale, tile.row_end - tile.row_begin)
+                dq[b, rows, head_slice] = dq_tile.to(q.dtype)
         dk[b], dv[b] = dk_KSD.transpose(0, 1), dv_KSV.transpose(0, 1)
-    return dq, dk, dv, _dsink(sink, lse, delta)
+    return dq, dk, dv, _dsink(problem.sink, lse, delta)
 
 
 def _tile_gradients(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    scores: _Scores,
     v: torch.Tensor,
     dout: torch.Tensor,
     lse: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    tile: _Tile,
-    softcap: float,
 ) -> torch.Tensor:
     """dq (K, R, D) without the softmax scale; adds this tile's share to ``dk`` and ``dv`` in place.
 
     ``dout`` carries -delta and ``v`` ones in a last column.
     """
-    dq = torch.zeros_like(q)
-    for chunk in tile.chunks:
+    dq = torch.zeros_like(scores.q)
+    for chunk in scores.tile.chunks:
         cols = slice(chunk.begin, chunk.end)
-        scores = _scores(q, k, tile, chunk, softcap)
-        slope = 1 - (scores / softcap).square_() if softcap > 0 else None
-        weights = scores.sub_(lse).exp_()
+        s = scores.of(chunk)
+        slope = 1 - (s / scores.softcap).square_() if scores.softcap > 0 else None
+        weights = s.sub_(lse).exp_()
         dv[:, cols].baddbmm_(weights.transpose(1, 2), dout[:, :, :-1])
-        dscores = torch.bmm(dout, v[:, cols].transpose(1, 2)).mul_(weights)
+        ds = torch.bmm(dout, v[:, cols].transpose(1, 2)).mul_(weights)
         if slope is not None:
-            dscores.mul_(slope.masked_fill_(weights == 0, 0.0))
-        dq.baddbmm_(dscores, k[:, cols])
-        dk[:, cols].baddbmm_(dscores.transpose(1, 2), q)
+            ds.mul_(slope.masked_fill_(weights == 0, 0.0))
+        dq.baddbmm_(ds, scores.k[:, cols])
+        dk[:, cols].baddbmm_(ds.transpose(1, 2), scores.q)
     return dq
 
 
-def _delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+def _delta(
+    out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
+) -> torch.Tensor:
     """o . do - dlse (B, T, H); 0 for a row that sees nothing, whatever its dout holds."""
     products = torch.where(out == 0, 0.0, out.to(lse.dtype) * dout.to(lse.dtype))
     delta = products.sum(dim=3)

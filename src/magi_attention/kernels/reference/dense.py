@@ -69,7 +69,9 @@ def dense_attention(
         logits = softcap * torch.tanh(logits / softcap)
     visible = (count > 0)[None]
     max_logits = logits.masked_fill(~visible, -torch.inf).flatten(1)
-    max_logits = max_logits.amax(dim=1) if max_logits.shape[1] else max_logits.new_full((num_heads,), -torch.inf)
+    max_logits = (
+        max_logits.amax(dim=1) if max_logits.shape[1] else max_logits.new_full((num_heads,), -torch.inf)
+    )
     # log of the multiplicity as a bias makes a doubly covered pair count twice.
     logits = (logits + count.clamp(min=1).to(high).log()).masked_fill(~visible, -torch.inf)
     if sink is not None:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from magi_attention.kernels.triton.primitives import (
     LOG2E,
+    RUNTIME_SIZES,
     head_of,
     load_band,
     load_block,
@@ -29,13 +30,7 @@ from magi_attention.kernels.triton.primitives import (
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_rows", "num_heads",
-        "stride_ob", "stride_ot", "stride_oh", "stride_gb", "stride_gt", "stride_gh", "stride_sb", "stride_st", "stride_sh",
-        "stride_lb", "stride_lt", "stride_lh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def delta_kernel(
     OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,
     DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
@@ -95,7 +90,8 @@ def _score_gradient(s, dp, lse2, delta, scale, softcap, seen, MASKED: tl.constex
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows, first, last, lo, hi, begin, end, gap_begin, gap,
+    dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
+    first, last, lo, hi, begin, end, gap_begin, gap,
     scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -109,23 +105,21 @@ def _accumulate_dq(
             block = step + tl.where(step >= gap_begin, gap, 0)
         start = first + block * BLOCK_N
         cols = start + tl.arange(0, BLOCK_N)
-        k = load_block(K_DESC, batch, kv_head, K, start, last - start, stride_kt, dims, MASKED, BLOCK_N, D, TMA)
-        v = load_block(V_DESC, batch, kv_head, V, start, last - start, stride_vt, dims_v, MASKED, BLOCK_N, DV, TMA)
+        k = load_block(
+            K_DESC, batch, kv_head, K, start, last - start, stride_kt, dims, MASKED, BLOCK_N, D, TMA
+        )
+        v = load_block(
+            V_DESC, batch, kv_head, V, start, last - start, stride_vt, dims_v, MASKED, BLOCK_N, DV, TMA
+        )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         seen = visible(rows, cols, last, lo, hi)
-        p, ds = _score_gradient(s, dp, lse2[:, None], delta[:, None], scale, softcap, seen, MASKED, SOFTCAP)
+        _, ds = _score_gradient(s, dp, lse2[:, None], delta[:, None], scale, softcap, seen, MASKED, SOFTCAP)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows",
-        "stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_kt", "stride_kh", "stride_vb", "stride_vt", "stride_vh",
-        "stride_gb", "stride_gt", "stride_gh", "stride_db", "stride_dt", "stride_dh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def dq_kernel(
     Q, stride_qb: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
     K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
@@ -163,14 +157,18 @@ def dq_kernel(
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     for item in range(list_begin, list_begin + list_count):
         q0, q1, k0, k1, lo, hi = load_band(BANDS, tl.load(BAND_LIST + item))
-        first, last, num_blocks, full_begin, full_end = run_of(row_begin, row_end, q0, q1, k0, k1, lo, hi, BLOCK_N)
+        first, last, num_blocks, full_begin, full_end = run_of(
+            row_begin, row_end, q0, q1, k0, k1, lo, hi, BLOCK_N
+        )
         num_full = full_end - full_begin
         dq = _accumulate_dq(
-            dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows, first, last, lo, hi, full_begin, full_end, 0, 0,
+            dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
+    first, last, lo, hi, full_begin, full_end, 0, 0,
             scale, softcap, False, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
         dq = _accumulate_dq(
-            dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows, first, last, lo, hi, 0, num_blocks - num_full,
+            dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
+    first, last, lo, hi, 0, num_blocks - num_full,
             full_begin, num_full, scale, softcap, True, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
     out = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), row_begin, stride_dt, BLOCK_M, dims)
@@ -191,7 +189,7 @@ def _accumulate_dkdv(
     """
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
-    for step in range(0, group * num_blocks):
+    for step in range(group * num_blocks):
         member = step // num_blocks
         block = begin + step - member * num_blocks
         if MASKED:
@@ -200,7 +198,9 @@ def _accumulate_dkdv(
         start = first + block * BLOCK_M
         cols = start + tl.arange(0, BLOCK_M)
         q_head = Q + head.to(tl.int64) * stride_qh * 8
-        q = load_block(Q_DESC, batch, head, q_head, start, last - start, stride_qt, dims, MASKED, BLOCK_M, D, TMA)
+        q = load_block(
+            Q_DESC, batch, head, q_head, start, last - start, stride_qt, dims, MASKED, BLOCK_M, D, TMA
+        )
         at = head.to(tl.int64) * num_rows + cols
         if MASKED:
             lse2 = tl.load(LSE2 + at, mask=cols < last, other=float("inf"))
@@ -211,7 +211,18 @@ def _accumulate_dkdv(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         dout_head = DOUT + head.to(tl.int64) * stride_gh * 8
         dout = load_block(
-            DOUT_DESC, batch, head, dout_head, start, last - start, stride_gt, dims_v, MASKED, BLOCK_M, DV, TMA
+            DOUT_DESC,
+            batch,
+            head,
+            dout_head,
+            start,
+            last - start,
+            stride_gt,
+            dims_v,
+            MASKED,
+            BLOCK_M,
+            DV,
+            TMA,
         )
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         seen = visible(keys, cols, last, lo, hi)
@@ -221,14 +232,7 @@ def _accumulate_dkdv(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows",
-        "stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_kt", "stride_kh", "stride_vb", "stride_vt", "stride_vh",
-        "stride_gb", "stride_gt", "stride_gh", "stride_dkb", "stride_dkt", "stride_dkh",
-        "stride_dvb", "stride_dvt", "stride_dvh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def dkdv_kernel(
     Q, stride_qb: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
     K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
@@ -269,7 +273,9 @@ def dkdv_kernel(
     DELTA += batch.to(tl.int64) * heads_per_batch * group * num_rows
     for item in range(list_begin, list_begin + list_count):
         q0, q1, k0, k1, lo, hi = load_band(BANDS, tl.load(BAND_LIST + item))
-        first, last, num_blocks, full_begin, full_end = run_of(key_begin, key_end, q0, q1, k0, k1, lo, hi, BLOCK_M)
+        first, last, num_blocks, full_begin, full_end = run_of(
+            key_begin, key_end, q0, q1, k0, k1, lo, hi, BLOCK_M
+        )
         num_full = full_end - full_begin
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
@@ -283,5 +289,7 @@ def dkdv_kernel(
         )  # fmt: skip
     out = rows_at(head_of(DK, batch, kv_head, stride_dkb, stride_dkh), key_begin, stride_dkt, BLOCK_N, dims)
     tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
-    out = rows_at(head_of(DV_OUT, batch, kv_head, stride_dvb, stride_dvh), key_begin, stride_dvt, BLOCK_N, dims_v)
+    out = rows_at(
+        head_of(DV_OUT, batch, kv_head, stride_dvb, stride_dvh), key_begin, stride_dvt, BLOCK_N, dims_v
+    )
     tl.store(out, dv.to(DV_OUT.dtype.element_ty), mask=live[:, None] & (dims_v < DV)[None, :])

@@ -12,6 +12,7 @@ import triton.language as tl
 from magi_attention.kernels.triton.primitives import (
     LN2,
     LOG2E,
+    RUNTIME_SIZES,
     head_of,
     load_band,
     load_rows,
@@ -68,13 +69,7 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows",
-        "stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_kt", "stride_kh", "stride_vb", "stride_vt", "stride_vh",
-        "stride_ob", "stride_ot", "stride_oh", "stride_sb", "stride_st", "stride_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def forward_kernel(
     Q, stride_qb: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
     K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
@@ -113,7 +108,9 @@ def forward_kernel(
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     for at in range(list_begin, list_begin + list_count):
         q0, q1, k0, k1, lo, hi = load_band(BANDS, tl.load(BAND_LIST + at))
-        first, last, num_blocks, full_begin, full_end = run_of(row_begin, row_end, q0, q1, k0, k1, lo, hi, BLOCK_N)
+        first, last, num_blocks, full_begin, full_end = run_of(
+            row_begin, row_end, q0, q1, k0, k1, lo, hi, BLOCK_N
+        )
         num_full = full_end - full_begin
         acc, total, top = _attend(
             acc, total, top, q, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, full_begin, full_end, 0, 0,

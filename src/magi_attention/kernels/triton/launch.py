@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.plan.cache import PlanKey, plan_cache
@@ -19,100 +20,89 @@ _L2_BYTES = 40 << 20
 _ALIGN = 8
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    bands: torch.Tensor,
-    softmax_scale: float,
-    softcap: float,
-    need_max_logits: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, lse, max_logits) of the registered operator, on Triton."""
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, max_logits) of one call."""
+    q, k, v = (_aligned(x) for x in (problem.q, problem.k, problem.v))
     batch, num_rows, num_heads, head_dim = q.shape
     head_dim_v = v.shape[3]
     out = q.new_empty(batch, num_rows, num_heads, head_dim_v)
     lse = torch.empty(batch, num_rows, num_heads, dtype=torch.float32, device=q.device)
     max_logits = torch.full((num_heads,), -torch.inf, dtype=torch.float32, device=q.device)
-    tile, plan = _plan("forward", q, k, v, bands)
-    wave = _wave(k, v, num_heads)
+    tile, plan = _plan("forward", problem)
+    work = _work(plan, q, num_heads, num_heads // k.shape[2], _wave(k, v, num_heads))
     grid = (plan.num_tiles * batch * num_heads,)
-    if grid[0] == 0:
-        return out, lse, max_logits
-    forward_kernel[grid](
-        q, *_strides(q), k, *_strides(k), v, *_strides(v), out, *_strides(out),
-        *_sink_arguments(sink, lse), lse, max_logits, plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_heads, num_heads, wave,
-        num_heads // k.shape[2], num_rows, softmax_scale, softcap,
-        HAS_SINK=sink is not None, HAS_MAX=need_max_logits, SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v,
-        BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_padded(head_dim, head_dim_v), **_options(tile, q),
-    )  # fmt: skip
+    if grid[0]:
+        forward_kernel[grid](
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), out, *_strides(out), *_optional(problem.sink, lse),
+            lse, max_logits, *work, problem.softmax_scale, problem.softcap,
+            HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, SOFTCAP=problem.softcap > 0,
+            D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
+            BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_options(tile, q),
+        )  # fmt: skip
     return out, lse, max_logits
 
 
 def backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    bands: torch.Tensor,
-    softmax_scale: float,
-    softcap: float,
+    problem: Problem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv, dsink) of the registered operator, on Triton; dsink is (B, T, H), or empty without a sink."""
-    q, k, v, dout = _aligned(q), _aligned(k), _aligned(v), _aligned(dout)
+    """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
+    q, k, v, dout = (_aligned(x) for x in (problem.q, problem.k, problem.v, dout))
+    sink, scalars = problem.sink, (problem.softmax_scale, problem.softcap)
     batch, num_rows, num_heads, head_dim = q.shape
     num_kv_heads, head_dim_v = k.shape[2], v.shape[3]
+    group = num_heads // num_kv_heads
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
     lse2, delta = lse.new_empty(batch, num_heads, num_rows), lse.new_empty(batch, num_heads, num_rows)
-    if num_rows and batch:
-        delta_kernel[(triton.cdiv(num_rows, 64), num_heads, batch)](
-            out, *_strides(out), dout, *_strides(dout), *_sink_arguments(sink, lse), *_sink_arguments(dlse, lse),
-            lse, dsink, lse2, delta, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
-            DV=head_dim_v, BLOCK_M=64, BLOCK_DV=_padded(head_dim, head_dim_v)["BLOCK_DV"], num_warps=4,
-        )  # fmt: skip
-    group = num_heads // num_kv_heads
     # The copy engine refuses tensors of no rows.
     tma = _is_hopper_or_later(q.device) and min(q.shape[1], k.shape[1]) > 0
-    shape = dict(SOFTCAP=softcap > 0, D=head_dim, DV=head_dim_v, TMA=tma, **_padded(head_dim, head_dim_v))
-    tile, plan = _plan("backward_dq", q, k, v, bands)
+    padded = _padded(head_dim, head_dim_v)
+    shape = {"SOFTCAP": problem.softcap > 0, "D": head_dim, "DV": head_dim_v, "TMA": tma, **padded}
+    if num_rows and batch:
+        delta_kernel[(triton.cdiv(num_rows, 64), num_heads, batch)](
+            out, *_strides(out), dout, *_strides(dout), *_optional(sink, lse), *_optional(dlse, lse),
+            lse, dsink, lse2, delta, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
+            DV=head_dim_v, BLOCK_M=64, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
+        )  # fmt: skip
+    tile, plan = _plan("backward_dq", problem)
     if plan.num_tiles and batch:
         dq_kernel[(plan.num_tiles * batch * num_heads,)](
             q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), *_blocks(k, v, tile, tma),
-            dq, *_strides(dq), lse2, delta, plan.tiles, plan.band_list, plan.bands, plan.num_tiles,
-            batch * num_heads, num_heads, _wave(k, v, num_heads), group, num_rows, softmax_scale, softcap,
+            dq, *_strides(dq), lse2, delta, *_work(plan, q, num_heads, group, _wave(k, v, num_heads)), *scalars,
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **shape, **_options(tile, q),
         )  # fmt: skip
-    tile, plan = _plan("backward_dkdv", q, k, v, bands)
+    tile, plan = _plan("backward_dkdv", problem)
     if plan.num_tiles and batch:
         dkdv_kernel[(plan.num_tiles * batch * num_kv_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
-            *_blocks(q, dout, tile, tma), dk, *_strides(dk), dv, *_strides(dv), lse2, delta,
-            plan.tiles, plan.band_list, plan.bands, plan.num_tiles, batch * num_kv_heads, num_kv_heads,
-            _wave(q, dout, num_kv_heads), group, num_rows, softmax_scale, softcap,
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), *_blocks(q, dout, tile, tma),
+            dk, *_strides(dk), dv, *_strides(dv), lse2, delta,
+            *_work(plan, q, num_kv_heads, group, _wave(q, dout, num_kv_heads)), *scalars,
             BLOCK_M=tile.block_cols, BLOCK_N=tile.block_rows, **shape, **_options(tile, q),
         )  # fmt: skip
     return dq, dk, dv, dsink
 
 
-def _plan(
-    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: torch.Tensor
-) -> tuple[TileConfig, TilePlan]:
+def _plan(kernel: str, problem: Problem) -> tuple[TileConfig, TilePlan]:
+    q, k, v = problem.q, problem.k, problem.v
     tile = choose_tiles(kernel, max(q.shape[3], v.shape[3]), q.element_size())
-    key = PlanKey(q.shape[1], k.shape[1], tile.block_rows, tile.block_cols, kernel == "backward_dkdv", q.device)
-    return tile, plan_cache.plan_for(bands, key)
+    key = PlanKey(
+        q.shape[1], k.shape[1], tile.block_rows, tile.block_cols, kernel == "backward_dkdv", q.device
+    )
+    return tile, plan_cache.plan_for(problem.bands, key)
+
+
+def _work(plan: TilePlan, q: torch.Tensor, num_heads: int, group: int, wave: int) -> tuple:
+    """What a kernel over ``num_heads`` heads is told of the plan, the heads and the number of queries."""
+    heads = (q.shape[0] * num_heads, num_heads, wave, group, q.shape[1])
+    return (plan.tiles, plan.band_list, plan.bands, plan.num_tiles, *heads)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """``x`` if the kernels can read it in place (last stride 1, the others whole 16-byte steps), else a copy."""
     in_place = x.stride(3) == 1 and x.data_ptr() % 16 == 0
-    in_place = in_place and all(s % _ALIGN == 0 for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1)
+    in_place = in_place and all(
+        s % _ALIGN == 0 for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1
+    )
     return x if in_place else x.contiguous()
 
 
@@ -138,7 +128,7 @@ def _is_hopper_or_later(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _sink_arguments(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
+def _optional(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
     """Pointer and strides of an optional fp32 (B, T, H) tensor; ``stand_in`` is passed and never read when absent."""
     return (stand_in, 0, 0, 0) if x is None else (x, *x.stride())
 
@@ -154,12 +144,13 @@ def _wave(x: torch.Tensor, y: torch.Tensor, num_heads: int) -> int:
 
 
 def _padded(head_dim: int, head_dim_v: int) -> dict[str, int]:
-    return dict(
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v))
-    )
+    return {
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(head_dim_v)),
+    }
 
 
 def _options(tile: TileConfig, q: torch.Tensor) -> dict:
     # fp32 inputs ask for fp32 products, not tf32.
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    return dict(PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return {"PRECISION": precision, "num_warps": tile.num_warps, "num_stages": tile.num_stages}

@@ -9,6 +9,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+RUNTIME_SIZES = [
+    *("num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows"),
+    *(
+        f"stride_{tensor}{axis}"
+        for tensor in ("q", "k", "v", "o", "g", "d", "dk", "dv", "s", "l")
+        for axis in "bth"
+    ),
+]
+"""Arguments that kernels are not specialised on: lengths and masks change without a recompilation."""
+
+
 @triton.jit
 def program_of(TILES, num_tiles, num_heads, wave):
     """(tile entry, batch * heads index) of this program.
@@ -71,11 +82,13 @@ def rows_at(pointer, first_row, stride, ROWS: tl.constexpr, dims):
 
 
 @triton.jit
-def load_rows(pointer, first_row, num_live, stride, dims, MASKED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
+def load_rows(
+    pointer, first_row, num_live, stride, dims, MASKED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
+):
     """(ROWS, dims) tile; when MASKED, rows from ``num_live`` on read as zero and are not touched (they may hold NaN)."""
     at = rows_at(pointer, first_row, stride, ROWS, dims)
     live = (tl.arange(0, ROWS) < num_live)[:, None]
-    if DIM == dims.shape[0]:
+    if dims.shape[0] == DIM:
         if MASKED:
             return tl.load(at, mask=live, other=0.0)
         else:

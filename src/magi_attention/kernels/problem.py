@@ -1,0 +1,36 @@
+"""What one call asks a backend to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of one attention call, as every backend takes them.
+
+    A backend is a module with ``forward(problem, need_max_logits) -> (out, lse, max_logits)`` and
+    ``backward(problem, out, lse, dout, dlse) -> (dq, dk, dv, dsink)``; shapes as in ``ops``.
+
+    Attributes:
+        q, k, v: (B, T, H, D), (B, S, HK, D), (B, S, HK, DV).
+        sink: (B, T, H), one logit a row and head in fp32 (fp64 for fp64 inputs), any strides; or None.
+        bands: int32 (n, 6), on the CPU or on q's device.
+        softmax_scale: positive.
+        softcap: 0 is off.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sink: torch.Tensor | None
+    bands: torch.Tensor
+    softmax_scale: float
+    softcap: float
+
+    @property
+    def stats_dtype(self) -> torch.dtype:
+        """dtype of lse, max_logits and dsink: fp32, and fp64 for fp64 inputs."""
+        return torch.promote_types(self.q.dtype, torch.float32)
