@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import MASKS, head_major_views, packed_views, poisoned, spaced_views
+from kernel_cases import MASKS
 
 from magi_attention.attention import attention
 from magi_attention.mask import Mask
 from magi_attention.mask.bands import K0, Q0, split
 from magi_attention.testing import Case, assert_matches_oracle, random_case
 from magi_attention.testing.strategies import families, masks
+from magi_attention.testing.variants import head_major_views, packed_views, poisoned, spaced_views
 
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
 WHOLE = MASKS["causal"]

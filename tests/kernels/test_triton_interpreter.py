@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from kernel_cases import MASKS, head_major_views, packed_views, poisoned, spaced_views
+from kernel_cases import MASKS
 
 from magi_attention.mask import DeviceMask, Mask
 from magi_attention.testing import Case, assert_matches_oracle, random_case
 from magi_attention.testing.strategies import families, masks
+from magi_attention.testing.variants import head_major_views, packed_views, poisoned, spaced_views
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
