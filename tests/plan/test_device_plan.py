@@ -115,3 +115,44 @@ def test_sizes_depend_on_rows_and_number_of_bands_only():
         plan = build_device_plan(table, 64, 64, 16, 16)
         shapes.add((plan.tiles.shape, plan.band_list.shape, plan.bands.shape))
     assert len(shapes) == 1
+
+
+@pytest.mark.xfail(reason="the builder reads a strided table as if it were contiguous")
+@pytest.mark.parametrize("layout", ["slice of a wider table", "transposed"])
+def test_tables_of_any_strides(layout):
+    mask = MASKS["documents"]
+    table = torch.zeros(len(mask.table), 8, dtype=torch.int32, device=DEVICE)[:, :6]
+    if layout == "transposed":
+        table = torch.zeros(6, len(mask.table), dtype=torch.int32, device=DEVICE).t()
+    table.copy_(mask.table)
+    plan = build_device_plan(table, mask.num_rows, mask.num_cols, 16, 8)
+    assert torch.equal(plan.bands.cpu(), build_plan(mask.bands, mask.num_rows, 16, 8).bands)
+
+
+class _Recorder:
+    """Stands for a kernel and notes which of its tensors do not begin at a multiple of 16 bytes."""
+
+    def __init__(self, kernel, misaligned: set[str], name: str) -> None:
+        self.kernel, self.misaligned, self.name = kernel, misaligned, name
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            for at, value in enumerate(args):
+                if isinstance(value, torch.Tensor) and value.data_ptr() % 16:
+                    self.misaligned.add(f"{self.name} argument {at}")
+            return self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.xfail(
+    reason="rows of shared scratch tensors begin anywhere, and Triton compiles a kernel for each case"
+)
+def test_scratch_is_aligned_for_every_number_of_bands(monkeypatch):
+    misaligned: set[str] = set()
+    for name, kernel in list(vars(device).items()):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(device, name, _Recorder(kernel, misaligned, name))
+    for count in range(1, 5):
+        device_plan(Mask.varlen(range(0, 11 * count + 1, 11)), 16, 8)
+    assert not misaligned
