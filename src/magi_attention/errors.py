@@ -55,7 +55,7 @@ def check_number(name: str, value: object) -> None:
     """TypeError unless a Python number, ValueError when not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(complaint(name, "a number", type(value).__name__))
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # unlike math.isfinite, torch.compile can trace it
         raise ValueError(complaint(name, "a finite number", value))
 
 

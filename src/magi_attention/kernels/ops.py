@@ -85,6 +85,8 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: None) -> tuple:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        raise NotImplementedError("attention: second derivatives are not available. Differentiate once.")
     q, k, v, sink, bands, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)

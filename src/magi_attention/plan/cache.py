@@ -65,7 +65,9 @@ class PlanCache:
         if table.is_cuda and (capturing or table.is_inference()):
             return _build(table, key)
         by_identity = (
-            None if table.is_inference() else (table.data_ptr(), table._version, table.shape[0], key)
+            None
+            if table.is_inference()
+            else (table.data_ptr(), table._version, table.shape, table.stride(), key)
         )
         found = self._get(by_identity)
         if found is not None:

@@ -34,13 +34,14 @@ def build_device_plan(
     """Tile plan of device bands, without looking at them from the host.
 
     Args:
-        table: int32 (n, 6), contiguous, on the device. Bands may reach outside the rectangle: they are clipped.
+        table: int32 (n, 6) on the device. Bands may reach outside the rectangle: they are clipped.
         num_rows, num_cols: the mask's rectangle (of the table as given, also when ``transposed``).
         block_rows, block_cols: tile height and block width.
         transposed: plan the transposed mask: tiles own keys and walk queries.
     """
     if transposed:
         num_rows, num_cols = num_cols, num_rows
+    table = table.contiguous()
     num_bands, device = table.shape[0], table.device
     num_tiles = max_num_tiles(num_rows, num_bands, block_rows)
     capacity = min(num_tiles * num_bands, max(_MAX_LIST, 2 * num_tiles))
@@ -53,14 +54,15 @@ def build_device_plan(
         return TilePlan(tiles, band_list, bands, block_rows, block_cols)
 
     num_cuts = 2 * num_bands + 2
-    cuts, ordered, first_tile = torch.empty(3, num_cuts, dtype=torch.int32, device=device)
+    # One allocation each: all begin aligned, so that Triton compiles every kernel once.
+    cuts, ordered, first_tile = (torch.empty(num_cuts, dtype=torch.int32, device=device) for _ in range(3))
     _tighten_kernel[(triton.cdiv(max(num_bands, 1), 128),)](
         table, bands, columns, cuts, num_bands, num_rows, num_cols, TRANSPOSED=transposed, BLOCK=128
     )
     _sort_ascending(cuts, ordered)
     _count_tiles_kernel[(1,)](ordered, first_tile, num_cuts, block_rows, BLOCK=4 * _CHUNK, num_warps=8)
-    extent, spans = torch.empty(2, num_tiles, 2, dtype=torch.int32, device=device)
-    cost, rank = torch.empty(2, num_tiles, dtype=torch.int32, device=device)
+    extent, spans = (torch.empty(num_tiles, 2, dtype=torch.int32, device=device) for _ in range(2))
+    cost, rank = (torch.empty(num_tiles, dtype=torch.int32, device=device) for _ in range(2))
     _measure_tiles_kernel[(num_tiles,)](
         ordered,
         first_tile,
