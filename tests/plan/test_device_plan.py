@@ -117,7 +117,6 @@ def test_sizes_depend_on_rows_and_number_of_bands_only():
     assert len(shapes) == 1
 
 
-@pytest.mark.xfail(reason="the builder reads a strided table as if it were contiguous")
 @pytest.mark.parametrize("layout", ["slice of a wider table", "transposed"])
 def test_tables_of_any_strides(layout):
     mask = MASKS["documents"]
@@ -145,9 +144,6 @@ class _Recorder:
         return launch
 
 
-@pytest.mark.xfail(
-    reason="rows of shared scratch tensors begin anywhere, and Triton compiles a kernel for each case"
-)
 def test_scratch_is_aligned_for_every_number_of_bands(monkeypatch):
     misaligned: set[str] = set()
     for name, kernel in list(vars(device).items()):

@@ -146,7 +146,6 @@ def test_threads_share_the_cache():
     assert not wrong and len(plans) <= 8
 
 
-@pytest.mark.xfail(reason="the strides of a table are not part of its identity")
 def test_views_with_the_same_address_and_other_strides_have_their_own_plans():
     plans, mask = PlanCache(), Mask.varlen([0, 10, 40], causal=True)
     wide = torch.zeros(2, 8, dtype=torch.int32)

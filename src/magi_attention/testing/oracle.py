@@ -237,7 +237,8 @@ def _units(case: Case, exact: dict[str, torch.Tensor]) -> dict[str, float]:
     scale = case.q.shape[-1] ** -0.5 if case.softmax_scale is None else abs(case.softmax_scale)
     q, k, v, dout = (largest(x) for x in (case.q, case.k, case.v, case.dout))
     # A weight is the exponential of a logit: its relative error is the logit's absolute one.
-    logits = max(1.0, largest(exact["lse"], exact["max_logits"], case.sink))
+    products = scale * q * k * case.q.shape[-1] ** 0.5
+    logits = max(1.0, products, largest(exact["lse"], exact["max_logits"], case.sink))
     slope = logits * (dout * v * case.v.shape[-1] ** 0.5 + largest(case.dlse))
     queries = max(case.q.shape[-3] * case.q.shape[-2] // max(case.k.shape[-2], 1), 1) ** 0.5
     return {
