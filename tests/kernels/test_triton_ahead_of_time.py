@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 232448
-# Bytes that ptxas spilled when the tiles were chosen, and a quarter more.
+# Bytes that ptxas spilled when the tiles were chosen by timing, and a quarter more. The fastest tiles are those that
+# fill the registers; they may spill a little outside the inner loop.
 MOST_SPILLS = {
     "forward 64": 0,
     "forward 128": 40,
@@ -26,7 +27,6 @@ MOST_SPILLS = {
     "delta 128": 0,
 }
 MATRIX_KERNELS = [name for name in MOST_SPILLS if not name.startswith("delta")]
-spills_a_little = pytest.mark.xfail(reason="the fastest tile of the table spills a few bytes")
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,3 @@ def test_shared_memory_fits(compiled, name):
 @pytest.mark.parametrize("name", MOST_SPILLS)
 def test_spills_stay_as_measured(compiled, name):
     assert compiled[name]["spills"] <= MOST_SPILLS[name], compiled[name]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "forward 64",
-        pytest.param("forward 128", marks=spills_a_little),
-        pytest.param("backward_dq 64", marks=spills_a_little),
-        "backward_dq 128",
-    ],
-)
-def test_forward_and_dq_do_not_spill(compiled, name):
-    assert compiled[name]["spills"] == 0, compiled[name]

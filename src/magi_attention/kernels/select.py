@@ -21,6 +21,9 @@ DESCRIPTIONS = {
 
 MAX_HEAD_DIM = 256
 
+# Looked up once: torch.compile traces the choice, and cannot trace the look-up.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 @dataclass(frozen=True)
 class Request:
@@ -45,7 +48,7 @@ def refusal(backend: str, request: Request) -> str | None:
 
 
 def _triton_refusal(request: Request) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return 'Triton is not installed (pip install "magi_attention[gpu]")'
     if request.device_type != "cuda" and not env.triton_interpreter():
         return f"tensors are on {request.device_type}, not on a GPU, and TRITON_INTERPRET is not 1"

@@ -29,7 +29,7 @@ class PlanKey:
     device: torch.device
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
     # Holding the table keeps its memory, and so its address, from being given to another tensor.
     table: torch.Tensor | None
@@ -44,13 +44,14 @@ class PlanCache:
     def __init__(self, max_entries: int = _MAX_ENTRIES) -> None:
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._max_entries = max_entries
+        self._captured: dict[int, TilePlan] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
-        """Forget every plan."""
+        """Forget every plan, but for those that captured graphs read."""
         with self._lock:
             self._entries.clear()
 
@@ -64,62 +65,69 @@ class PlanCache:
         capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if table.is_cuda and (capturing or table.is_inference()):
             return _build(table, key)
-        by_identity = (
-            None
-            if table.is_inference()
-            else (table.data_ptr(), table._version, table.shape, table.stride(), key)
-        )
+        by_identity = None
+        if not table.is_inference():
+            by_identity = (table.data_ptr(), table._version, table.shape, table.stride(), key)
+        if capturing:
+            return self._for_capture(by_identity, (_digest(table), key))
         found = self._get(by_identity)
         if found is not None:
-            return found
+            return _ordered(found)
         by_content = None if table.is_cuda else (_digest(table), key)
-        plan = self._get(by_content)
-        if plan is None:
-            if capturing:
-                raise RuntimeError(
-                    "plan of a host mask: expected it to be built before a CUDA graph capture begins. Call the function "
-                    "once with this mask before capturing, or pass the ranges as CUDA tensors."
-                )
-            plan = _build(table, key)
-            self._put(by_content, None, plan, key.device)
-        self._put(by_identity, table, plan, key.device)
-        return plan
+        found = self._get(by_content)
+        if found is None:
+            found = _Entry(None, _build(table, key), *_stream_mark(key.device))
+            self._put(by_content, found)
+        self._put(by_identity, replace(found, table=table))
+        return _ordered(found)
 
-    def _get(self, name: tuple | None) -> TilePlan | None:
+    def _for_capture(self, *names: tuple | None) -> TilePlan:
+        """A host mask's plan for a graph, which reads it at every replay: it stays for good."""
+        for name in names:
+            found = self._get(name)
+            if found is not None:
+                self._captured[id(found.plan)] = found.plan
+                return found.plan
+        raise RuntimeError(
+            "plan of a host mask: expected it to be built before a CUDA graph capture begins. Call the function "
+            "once with this mask before capturing, or pass the ranges as CUDA tensors."
+        )
+
+    def _get(self, name: tuple | None) -> _Entry | None:
         if name is None:
             return None
         with self._lock:
             entry = self._entries.get(name)
-            if entry is None:
-                return None
-            self._entries.move_to_end(name)
-        _order_after(entry)
-        return entry.plan
+            if entry is not None:
+                self._entries.move_to_end(name)
+            return entry
 
-    def _put(
-        self, name: tuple | None, table: torch.Tensor | None, plan: TilePlan, device: torch.device
-    ) -> None:
+    def _put(self, name: tuple | None, entry: _Entry) -> None:
         if name is None:
             return
-        stream, ready = 0, None
-        if device.type == "cuda":
-            current = torch.cuda.current_stream(device)
-            stream, ready = current.cuda_stream, current.record_event()
         with self._lock:
-            self._entries[name] = _Entry(table, plan, stream, ready)
+            self._entries[name] = entry
             while len(self._entries) > self._max_entries:
                 self._entries.popitem(last=False)
 
 
-def _order_after(entry: _Entry) -> None:
-    """Make the current stream wait for a plan that another stream built."""
-    if entry.ready is None:
-        return
-    current = torch.cuda.current_stream(entry.plan.tiles.device)
-    if current.cuda_stream != entry.stream:
-        current.wait_event(entry.ready)
-        for tensor in (entry.plan.tiles, entry.plan.band_list, entry.plan.bands):
-            tensor.record_stream(current)
+def _stream_mark(device: torch.device) -> tuple[int, Any]:
+    """The current stream, and an event on it that fires when what was queued so far is done."""
+    if device.type != "cuda":
+        return 0, None
+    current = torch.cuda.current_stream(device)
+    return current.cuda_stream, current.record_event()
+
+
+def _ordered(entry: _Entry) -> TilePlan:
+    """The entry's plan, for the current stream: it waits when another stream built it."""
+    if entry.ready is not None:
+        current = torch.cuda.current_stream(entry.plan.tiles.device)
+        if current.cuda_stream != entry.stream:
+            current.wait_event(entry.ready)
+            for tensor in (entry.plan.tiles, entry.plan.band_list, entry.plan.bands):
+                tensor.record_stream(current)
+    return entry.plan
 
 
 def _digest(table: torch.Tensor) -> bytes:
