@@ -41,9 +41,10 @@ def delta_kernel(
     num_rows, num_heads,
     HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    first_row = tl.program_id(0) * BLOCK_M
+    # Heads of the same rows run together: their memory is contiguous.
+    head, batch = tl.program_id(0) % num_heads, tl.program_id(1)
+    first_row = tl.program_id(0) // num_heads * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    head, batch = tl.program_id(1), tl.program_id(2)
     live = rows < num_rows
     dims = tl.arange(0, BLOCK_DV)
     out_head = head_of(OUT, batch, head, stride_ob, stride_oh)

@@ -18,6 +18,7 @@ from magi_attention.plan.tiling import TileConfig, choose_tiles
 # K and V of the heads that run together should stay in L2 (60 MB on an H200, shared with everything else).
 _L2_BYTES = 40 << 20
 _ALIGN = 8
+_DELTA_ROWS = 64
 
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -59,10 +60,10 @@ def backward(
     padded = _padded(head_dim, head_dim_v)
     shape = {"SOFTCAP": problem.softcap > 0, "D": head_dim, "DV": head_dim_v, "TMA": tma, **padded}
     if num_rows and batch:
-        delta_kernel[(triton.cdiv(num_rows, 64), num_heads, batch)](
+        delta_kernel[(triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)](
             out, *_strides(out), dout, *_strides(dout), *_optional(sink, lse), *_optional(dlse, lse),
             lse, dsink, lse2, delta, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
-            DV=head_dim_v, BLOCK_M=64, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
+            DV=head_dim_v, BLOCK_M=_DELTA_ROWS, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
     tile, plan = _plan("backward_dq", problem)
     if plan.num_tiles and batch:
