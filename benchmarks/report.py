@@ -130,8 +130,8 @@ def machine_state(device: torch.device) -> dict[str, Any]:
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where the figures come from."""
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Where the figures come from. ``commit`` names the code where the checkout has no git history."""
     try:
         import triton
 
@@ -150,7 +150,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "cuda_driver": driver if on_gpu else None,
-        "commit": _output("git", "rev-parse", "HEAD") or None,
+        "commit": commit or _output("git", "rev-parse", "HEAD") or None,
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -243,6 +243,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--total-seconds", type=float, help="no configuration begins after this many seconds")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="recorded with the figures; default: what git says of the checkout")
     parser.add_argument("--json", type=Path, help="write everything here, after every configuration")
     args = parser.parse_args(argv)
     args.device = args.device or {"cpu": "cpu", "h200": "cuda"}.get(
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     device = torch.device(args.device)
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    report = Report(environment(device), arguments, args.json)
+    report = Report(environment(device, args.commit), arguments, args.json)
     complete = True
     if args.profile == "plan":
         complete = overheads.measure_overheads(report, device)
