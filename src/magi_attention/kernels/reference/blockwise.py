@@ -10,6 +10,7 @@ they multiply the same keys), C columns of a chunk, D and V head dimensions of q
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,10 +22,10 @@ from magi_attention.kernels.problem import Problem
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import run_geometry
 
-_CHUNK_COLS = 1024
+_CHUNK_COLS = 2048
 _TILE_ROWS = 256
-# Scores of one step: about 2 MB in fp32, what two cores' caches hold.
-_STEP_SCORES = 1 << 19
+# Scores of one step: about 4 MB in fp32, what two cores' caches hold.
+_STEP_SCORES = 1 << 20
 # Stands for -inf inside a chunk: torch.softmax of a row of -inf would be NaN.
 _HIDDEN = -1e30
 
@@ -110,6 +111,19 @@ def _head_steps(num_kv_heads: int, folded_rows: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, num_kv_heads))
 
 
+class _Room:
+    """Memory for the scores of one step, used again by every step: fresh pages would cost as much as the products."""
+
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype) -> None:
+        self._buffer = like.new_empty(0, dtype=dtype)
+
+    def of(self, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor of this shape; the one before it is gone."""
+        if self._buffer.numel() < math.prod(shape):
+            self._buffer = self._buffer.new_empty(math.prod(shape))
+        return self._buffer[: math.prod(shape)].view(shape)
+
+
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, max_logits) of one call."""
     q, k, v, softcap, work = problem.q, problem.k, problem.v, problem.softcap, problem.stats_dtype
@@ -118,6 +132,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
     out = q.new_zeros(batch, num_rows, num_heads, v.shape[3])
     lse = q.new_full((batch, num_rows, num_heads), -torch.inf, dtype=work)
     max_logits = q.new_full((num_kv_heads, num_heads // num_kv_heads), -torch.inf, dtype=work)
+    rooms = (_Room(q, work), _Room(q, work))
     for b in range(batch):
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
         for tile in _tiles(problem):
@@ -125,7 +140,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
             height = tile.row_end - tile.row_begin
             q_KRD = _fold(q[b, rows], num_kv_heads, work) * problem.softmax_scale
             for heads in _head_steps(num_kv_heads, q_KRD.shape[1]):
-                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, softcap)
+                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, softcap, rooms)
                 tile_out, tile_lse, top = _attend(scores, v_KSV[heads])
                 head_slice = slice(
                     heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads
@@ -144,16 +159,25 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
 
 @dataclass(frozen=True)
 class _Scores:
-    """Capped scores of one tile of scaled queries ``q`` (K, R, D) with keys ``k`` (K, S, D), a chunk at a time."""
+    """Capped scores of one tile of scaled queries ``q`` (K, R, D) with keys ``k`` (K, S, D), a chunk at a time.
+
+    Two rooms: one for the scores, one for what is made from them.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     tile: _Tile
     softcap: float
+    rooms: tuple[_Room, _Room]
+
+    def empty(self, room: int, chunk: _Chunk) -> torch.Tensor:
+        """Space for (K, R, C) numbers in ``rooms[room]``."""
+        return self.rooms[room].of(*self.q.shape[:2], chunk.end - chunk.begin)
 
     def of(self, chunk: _Chunk) -> torch.Tensor:
         """(K, R, C), invisible pairs at ``_HIDDEN``."""
-        scores = torch.bmm(self.q, self.k[:, chunk.begin : chunk.end].transpose(1, 2))
+        k_KDC = self.k[:, chunk.begin : chunk.end].transpose(1, 2)
+        scores = torch.bmm(self.q, k_KDC, out=self.empty(0, chunk))
         if self.softcap > 0:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
         chunk.hide(scores, self.tile.row_begin, self.tile.row_end - self.tile.row_begin)
@@ -166,7 +190,7 @@ def _attend(scores: _Scores, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     for chunk in scores.tile.chunks:
         s = scores.of(chunk)
         top = s.amax(dim=2, keepdim=True)
-        weights = torch.softmax(s, dim=2)
+        weights = torch.softmax(s, dim=2, out=scores.empty(1, chunk))
         # The largest weight is exp(top - lse).
         lse = top - torch.log(weights.amax(dim=2, keepdim=True))
         parts.append((torch.bmm(weights, v[:, chunk.begin : chunk.end]), lse, top))
@@ -186,6 +210,7 @@ def backward(
     batch, num_heads, num_kv_heads = q.shape[0], q.shape[2], k.shape[2]
     delta = _delta(out, dout, lse, dlse)
     dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    rooms = (_Room(q, work), _Room(q, work))
     for b in range(batch):
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
         dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
@@ -201,7 +226,7 @@ def backward(
                 head_slice = slice(
                     heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads
                 )
-                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem.softcap)
+                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem.softcap, rooms)
                 dq_KRD = _tile_gradients(
                     scores, v_KSV[heads], dout_KRV[heads], lse_KR1[heads], dk_KSD[heads], dv_KSV[heads]
                 )
@@ -230,7 +255,7 @@ def _tile_gradients(
         slope = 1 - (s / scores.softcap).square_() if scores.softcap > 0 else None
         weights = s.sub_(lse).exp_()
         dv[:, cols].baddbmm_(weights.transpose(1, 2), dout[:, :, :-1])
-        ds = torch.bmm(dout, v[:, cols].transpose(1, 2)).mul_(weights)
+        ds = torch.bmm(dout, v[:, cols].transpose(1, 2), out=scores.empty(1, chunk)).mul_(weights)
         if slope is not None:
             ds.mul_(slope.masked_fill_(weights == 0, 0.0))
         dq.baddbmm_(ds, scores.k[:, cols])
