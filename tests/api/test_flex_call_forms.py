@@ -228,15 +228,6 @@ def test_sanity_check_names_the_slice_of_device_ranges(monkeypatch: pytest.Monke
         lowered(q_ranges, k_ranges, types)
 
 
-def test_the_cache_forgets_the_oldest() -> None:
-    recent = flex_mask._Recent(max_entries=2)
-    for key in ("a", "b"):
-        recent.put(key, key)
-    recent.get("a")
-    recent.put("c", "c")
-    assert [recent.get(key) for key in "abc"] == ["a", None, "c"]
-
-
 COMPILED_FORMS = {
     "tensors": int32(),
     "lists": (Q_RANGES, K_RANGES, ["full", "causal"]),

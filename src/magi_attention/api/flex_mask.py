@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from magi_attention import env
 from magi_attention.common import AttnMaskType, AttnRanges
+from magi_attention.common.recent import Recent
 from magi_attention.errors import complaint
 from magi_attention.mask import DeviceMask, Mask
 from magi_attention.mask.lowering import lower_ranges
@@ -30,33 +29,8 @@ Types: TypeAlias = torch.Tensor | GeneralAttnMaskType | Sequence[int] | NDArray[
 _MAX_ENTRIES = 64
 
 
-class _Recent:
-    """The most recently used values. Thread safe."""
-
-    def __init__(self, max_entries: int = _MAX_ENTRIES) -> None:
-        self._values: OrderedDict[Hashable, Any] = OrderedDict()
-        self._max_entries = max_entries
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Any:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-            return self._values.get(key)
-
-    def put(self, key: Hashable, value: Any) -> None:
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._max_entries:
-                self._values.popitem(last=False)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._values.clear()
-
-
-_host_masks = _Recent()
-_device_masks = _Recent()
+_host_masks: Recent[Any] = Recent(_MAX_ENTRIES)
+_device_masks: Recent[Any] = Recent(_MAX_ENTRIES)
 
 
 def clear_mask_cache() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from magi_attention.common.recent import Recent
 from magi_attention.mask.bands import clip, transpose
 from magi_attention.plan.tiles import TilePlan, build_plan
 
@@ -42,18 +41,15 @@ class PlanCache:
     """Least-recently-used plans. Thread safe; the autograd engine asks from its own threads."""
 
     def __init__(self, max_entries: int = _MAX_ENTRIES) -> None:
-        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
-        self._max_entries = max_entries
+        self._entries: Recent[_Entry] = Recent(max_entries)
         self._captured: dict[int, TilePlan] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
         """Forget every plan, but for those that captured graphs read."""
-        with self._lock:
-            self._entries.clear()
+        self._entries.clear()
 
     def plan_for(self, table: torch.Tensor, key: PlanKey) -> TilePlan:
         """The plan of ``table`` under ``key``, built on the first request.
@@ -65,50 +61,36 @@ class PlanCache:
         capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if table.is_cuda and (capturing or table.is_inference()):
             return _build(table, key)
-        by_identity = None
-        if not table.is_inference():
-            by_identity = (table.data_ptr(), table._version, table.shape, table.stride(), key)
+        found = self._find(table, key, may_build=not capturing)
         if capturing:
-            return self._for_capture(by_identity, (_digest(table), key))
-        found = self._get(by_identity)
-        if found is not None:
-            return _ordered(found)
-        by_content = None if table.is_cuda else (_digest(table), key)
-        found = self._get(by_content)
-        if found is None:
-            found = _Entry(None, _build(table, key), *_stream_mark(key.device))
-            self._put(by_content, found)
-        self._put(by_identity, replace(found, table=table))
+            # The graph reads it at every replay: it stays for good. A capture begins with nothing left to wait for.
+            self._captured[id(found.plan)] = found.plan
+            return found.plan
         return _ordered(found)
 
-    def _for_capture(self, *names: tuple | None) -> TilePlan:
-        """A host mask's plan for a graph, which reads it at every replay: it stays for good."""
-        for name in names:
-            found = self._get(name)
-            if found is not None:
-                self._captured[id(found.plan)] = found.plan
-                return found.plan
-        raise RuntimeError(
-            "plan of a host mask: expected it to be built before a CUDA graph capture begins. Call the function "
-            "once with this mask before capturing, or pass the ranges as CUDA tensors."
-        )
-
-    def _get(self, name: tuple | None) -> _Entry | None:
-        if name is None:
-            return None
-        with self._lock:
-            entry = self._entries.get(name)
-            if entry is not None:
-                self._entries.move_to_end(name)
-            return entry
-
-    def _put(self, name: tuple | None, entry: _Entry) -> None:
-        if name is None:
-            return
-        with self._lock:
-            self._entries[name] = entry
-            while len(self._entries) > self._max_entries:
-                self._entries.popitem(last=False)
+    def _find(self, table: torch.Tensor, key: PlanKey, may_build: bool) -> _Entry:
+        identity = None
+        if not table.is_inference():
+            identity = (table.data_ptr(), table._version, table.shape, table.stride(), key)
+        found = self._entries.get(identity)
+        if found is not None:
+            return found
+        content = None if table.is_cuda else (_digest(table), key)
+        found = self._entries.get(content)
+        if not may_build:
+            if found is None:
+                raise RuntimeError(
+                    "plan of a host mask: expected it to be built before a CUDA graph capture begins, got a new mask. "
+                    "Call the function once with this mask before capturing, or pass the ranges as CUDA tensors."
+                )
+            return found
+        if found is None:
+            found = _Entry(None, _build(table, key), *_stream_mark(key.device))
+            if content is not None:
+                self._entries.put(content, found)
+        if identity is not None:
+            self._entries.put(identity, replace(found, table=table))
+        return found
 
 
 def _stream_mark(device: torch.device) -> tuple[int, Any]:
