@@ -92,12 +92,12 @@ def _score_gradient(s, dp, lse2, delta, scale, softcap, seen, MASKED: tl.constex
 @triton.jit
 def _accumulate_dq(
     dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
-    first, last, lo, hi, begin, end, gap_begin, gap,
-    scale, softcap,
+    first, last, lo, hi, begin, end, gap_begin, gap, scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """Blocks [begin, end) of a run, skipping ``gap`` blocks at ``gap_begin`` (those that need no mask)."""
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     for step in range(begin, end):
@@ -164,13 +164,13 @@ def dq_kernel(
         num_full = full_end - full_begin
         dq = _accumulate_dq(
             dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
-    first, last, lo, hi, full_begin, full_end, 0, 0,
-            scale, softcap, False, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            first, last, lo, hi, full_begin, full_end, 0, 0, scale, softcap, False,
+            SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
         dq = _accumulate_dq(
             dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
-    first, last, lo, hi, 0, num_blocks - num_full,
-            full_begin, num_full, scale, softcap, True, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full, scale, softcap, True,
+            SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
     out = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), row_begin, stride_dt, BLOCK_M, dims)
     tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
