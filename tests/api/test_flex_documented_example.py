@@ -12,7 +12,7 @@ from magi_attention.kernels.reference.dense import dense_attention
 from magi_attention.mask import INF
 from magi_attention.testing.tolerance import figure
 
-DOCUMENT = Path(__file__).parents[1] / "seeds" / "quickstart.md"
+DOCUMENT = Path(__file__).parents[1] / "documents" / "quickstart.md"
 SECTION = "Basic Usage for Flex-Flash-Attention"
 
 # The mask that the example draws: rows 0 to 1023 see 0 to 1023, rows 1024 to 2047 see up to themselves.
@@ -65,7 +65,7 @@ def check(names: dict) -> None:
 
 
 @pytest.mark.parametrize("has_sink", [True, False], ids=("sink", "no-sink"))
-def test_seed_example_on_cpu(has_sink: bool) -> None:
+def test_documented_example_on_cpu(has_sink: bool) -> None:
     names = run("cpu", has_sink)
     assert names["out"].shape == (2048, 8, 128) and names["out"].dtype == torch.bfloat16
     assert names["lse"].shape == (2048, 8) and names["lse"].dtype == torch.float32
@@ -75,5 +75,5 @@ def test_seed_example_on_cpu(has_sink: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_sink", [True, False], ids=("sink", "no-sink"))
-def test_seed_example_on_cuda(has_sink: bool) -> None:
+def test_documented_example_on_cuda(has_sink: bool) -> None:
     check(run("cuda", has_sink))
