@@ -88,9 +88,8 @@ def variants() -> dict[str, dict[str, int]]:
             if name == "backward_dkdv":
                 rows, cols = cols, rows
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-            found[f"{name} {head_dim}"] = figures(
-                kernel, {**common, "BLOCK_M": rows, "BLOCK_N": cols}, options
-            )
+            blocks = {"BLOCK_M": rows, "BLOCK_N": cols, "ROWS_TMA": tile.rows_in_registers}
+            found[f"{name} {head_dim}"] = figures(kernel, {**common, **blocks}, options)
         delta = {**shape, "HAS_SINK": True, "HAS_DLSE": True, "BLOCK_M": 64}
         found[f"delta {head_dim}"] = figures(delta_kernel, delta, {"num_warps": 4})
     return found

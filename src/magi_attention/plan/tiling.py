@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile of one kernel: ``block_rows`` owned rows, ``block_cols`` columns a step, and Triton's launch options."""
+    """Tile of one kernel: ``block_rows`` owned rows, ``block_cols`` columns a step, and Triton's launch options.
+
+    With ``rows_in_registers`` the owned rows come by the copy engine and stay in registers as operands of the products,
+    where they fit.
+    """
 
     block_rows: int
     block_cols: int
     num_warps: int
     num_stages: int
+    rows_in_registers: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_rows", "block_cols"):
@@ -30,7 +35,7 @@ _TRITON_TILES: dict[str, dict[int, TileConfig]] = {
     },
     "backward_dq": {
         64: TileConfig(128, 64, 4, 3),
-        128: TileConfig(128, 64, 8, 3),
+        128: TileConfig(128, 64, 8, 3, rows_in_registers=True),
         256: TileConfig(64, 32, 4, 1),
     },
     "backward_dkdv": {

@@ -126,13 +126,13 @@ def dq_kernel(
     K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
     V, stride_vb: tl.int64, stride_vt: tl.int32, stride_vh: tl.int64,
     DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
-    K_DESC, V_DESC,  # tensor descriptors of K and V when TMA
+    Q_DESC, DOUT_DESC, K_DESC, V_DESC,  # tensor descriptors when TMA
     DQ, stride_db: tl.int64, stride_dt: tl.int32, stride_dh: tl.int64,
     LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr,
 ):  # fmt: skip
     entry, batch_head = program_of(TILES, num_tiles, num_heads, wave)
     row_begin, row_end = tl.load(entry), tl.load(entry + 1)
@@ -148,8 +148,26 @@ def dq_kernel(
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     rows = row_begin + tl.arange(0, BLOCK_M)
     live = rows < row_end
-    q = load_rows(Q, row_begin, row_end - row_begin, stride_qt, dims, True, BLOCK_M, D)
-    dout = load_rows(DOUT, row_begin, row_end - row_begin, stride_gt, dims_v, True, BLOCK_M, DV)
+    # The copy engine's blocks become register operands. Rows of other tiles may come along: they stay in their rows
+    # of dq, which are not stored.
+    num_live = row_end - row_begin
+    q = load_block(
+        Q_DESC, batch, head, Q, row_begin, num_live, stride_qt, dims, not ROWS_TMA, BLOCK_M, D, ROWS_TMA
+    )
+    dout = load_block(
+        DOUT_DESC,
+        batch,
+        head,
+        DOUT,
+        row_begin,
+        num_live,
+        stride_gt,
+        dims_v,
+        not ROWS_TMA,
+        BLOCK_M,
+        DV,
+        ROWS_TMA,
+    )
     at = batch_head.to(tl.int64) * num_rows + rows
     lse2 = tl.load(LSE2 + at, mask=live, other=float("inf"))
     delta = tl.load(DELTA + at, mask=live, other=0.0)
@@ -239,7 +257,7 @@ def dkdv_kernel(
     K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
     V, stride_vb: tl.int64, stride_vt: tl.int32, stride_vh: tl.int64,
     DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
-    Q_DESC, DOUT_DESC,  # tensor descriptors of Q and DOUT when TMA
+    Q_DESC, DOUT_DESC,  # tensor descriptors when TMA
     DK, stride_dkb: tl.int64, stride_dkt: tl.int32, stride_dkh: tl.int64,
     DV_OUT, stride_dvb: tl.int64, stride_dvt: tl.int32, stride_dvh: tl.int64,
     LSE2, DELTA,  # fp32 (B, H, T), contiguous

@@ -34,8 +34,8 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
     grid = (plan.num_tiles * batch * num_heads,)
     if grid[0]:
         forward_kernel[grid](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), out, *_strides(out), *_optional(problem.sink, lse),
-            lse, max_logits, *work, problem.softmax_scale, problem.softcap,
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), out, *_strides(out),
+            *_optional(problem.sink, lse), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
             HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, SOFTCAP=problem.softcap > 0,
             D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_options(tile, q),
@@ -55,8 +55,7 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
     lse2, delta = lse.new_empty(batch, num_heads, num_rows), lse.new_empty(batch, num_heads, num_rows)
-    # The copy engine refuses tensors of no rows.
-    tma = _is_hopper_or_later(q.device) and min(q.shape[1], k.shape[1]) > 0
+    tma = _has_copy_engine(q, k)
     padded = _padded(head_dim, head_dim_v)
     shape = {"SOFTCAP": problem.softcap > 0, "D": head_dim, "DV": head_dim_v, "TMA": tma, **padded}
     if num_rows and batch:
@@ -67,15 +66,18 @@ def backward(
         )  # fmt: skip
     tile, plan = _plan("backward_dq", problem)
     if plan.num_tiles and batch:
+        rows_tma = tma and tile.rows_in_registers
         dq_kernel[(plan.num_tiles * batch * num_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), *_blocks(k, v, tile, tma),
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
+            *_blocks(tile.block_rows, rows_tma, q, dout), *_blocks(tile.block_cols, tma, k, v),
             dq, *_strides(dq), lse2, delta, *_work(plan, q, num_heads, group, _wave(k, v, num_heads)), *scalars,
-            BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **shape, **_options(tile, q),
+            BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, ROWS_TMA=rows_tma, **shape, **_options(tile, q),
         )  # fmt: skip
     tile, plan = _plan("backward_dkdv", problem)
     if plan.num_tiles and batch:
         dkdv_kernel[(plan.num_tiles * batch * num_kv_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout), *_blocks(q, dout, tile, tma),
+            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
+            *_blocks(tile.block_cols, tma, q, dout),
             dk, *_strides(dk), dv, *_strides(dv), lse2, delta,
             *_work(plan, q, num_kv_heads, group, _wave(q, dout, num_kv_heads)), *scalars,
             BLOCK_M=tile.block_cols, BLOCK_N=tile.block_rows, **shape, **_options(tile, q),
@@ -112,9 +114,9 @@ def _strides(x: torch.Tensor) -> list[int]:
     return [s // _ALIGN if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
 
 
-def _blocks(x: torch.Tensor, y: torch.Tensor, tile: TileConfig, tma: bool) -> tuple:
-    """Tensor descriptors of one step's blocks of ``x`` and ``y`` for the copy engine; stand-ins without it."""
-    return tuple(_descriptor(t, tile.block_cols) for t in (x, y)) if tma else (x, y)
+def _blocks(rows: int, tma: bool, *tensors: torch.Tensor) -> tuple:
+    """Tensor descriptors of blocks of ``rows`` rows for the copy engine; stand-ins without it."""
+    return tuple(_descriptor(x, rows) for x in tensors) if tma else tensors
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -122,6 +124,11 @@ def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     strides = [s if n > 1 else _ALIGN for s, n in zip(x.stride()[:3], x.shape, strict=False)]
     dim = max(16, triton.next_power_of_2(x.shape[3]))
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, dim])
+
+
+def _has_copy_engine(q: torch.Tensor, k: torch.Tensor) -> bool:
+    # The engine refuses tensors of no rows.
+    return _is_hopper_or_later(q.device) and min(q.shape[1], k.shape[1]) > 0
 
 
 @functools.cache
