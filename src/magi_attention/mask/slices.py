@@ -57,7 +57,11 @@ def _range_table(name: str, ranges: object, size: int | None) -> NDArray[np.int6
         ranges = ranges.to_naive_ranges()
     elif isinstance(ranges, torch.Tensor):
         ranges = ranges.cpu()
-    table = np.asarray(ranges)
+    try:
+        table = np.asarray(ranges)
+    except ValueError:  # rows of different lengths
+        remedy = "Each range is (start, end)."
+        raise ValueError(complaint(f"{name} shape", "(n, 2)", "rows of different lengths", remedy)) from None
     if table.size == 0:
         return np.zeros((0, 2), dtype=np.int64)
     if table.ndim != 2 or table.shape[1] != 2:

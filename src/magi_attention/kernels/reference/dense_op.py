@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from magi_attention.errors import complaint
 from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.reference.dense import dense_attention
 
@@ -39,8 +40,13 @@ def backward(
 
 
 def _evaluate(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch = problem.q.shape[0]
+    if batch == 0:
+        raise NotImplementedError(
+            complaint("batch of backend 'dense'", "at least 1", 0, "Leave backend=None.")
+        )
     results = []
-    for b in range(problem.q.shape[0]):
+    for b in range(batch):
         sink = None if problem.sink is None else problem.sink[b][:, None, :]
         results.append(
             dense_attention(
