@@ -66,8 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--window", type=int, help="with --mask window: how many tokens before its own a token sees (256)")
     add("--keep-first", type=int, help="with --mask window: tokens of every beginning that stay visible (4)")
     add("--block", type=int, help="with --mask block-causal: tokens per block (64)")
-    add("--steps", type=int, help="training steps (120 on a CPU, 400 on a GPU)")
-    add("--tokens", type=int, help="tokens per step (4096 on a CPU, 32768 on a GPU)")
+    add("--steps", type=int, help="training steps (200 on a CPU, 400 on a GPU)")
+    add("--tokens", type=int, help="tokens per step (2560 on a CPU, 32768 on a GPU)")
     add("--seed", type=int, default=0, help="the same seed on the same machine is the same run (0)")
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU when there is one)")
     add("--backend", choices=BACKENDS, help="attention backend (the library chooses)")
@@ -85,7 +85,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Fill in the defaults that depend on other arguments; ValueError with one line for what cannot work."""
     arguments.device = available_device(arguments.device)
     arguments.attention_dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
-    for name, on_cpu, on_gpu in (("steps", 120, 400), ("tokens", 4096, 32768)):
+    for name, on_cpu, on_gpu in (("steps", 200, 400), ("tokens", 2560, 32768)):
         if getattr(arguments, name) is None:
             setattr(arguments, name, on_gpu if arguments.device.type == "cuda" else on_cpu)
     for name, (mask, default) in OF_ONE_MASK.items():
