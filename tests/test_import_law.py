@@ -157,7 +157,7 @@ def test_only_env_reads_the_environment():
         ("magi_attention.mask.bands", "from magi_attention import Mask"),
         ("magi_attention.mask.bands", "import importlib\nimportlib.import_module('magi_attention.dist')"),
         ("magi_attention.errors", "from magi_attention import env"),
-        ("magi_attention.common.range", "from magi_attention.env import log_level"),
+        ("magi_attention.common.range", "from magi_attention.env import sanity_check"),
         (
             "magi_attention.kernels.ops",
             "if TYPE_CHECKING:\n    from magi_attention.attention import attention",

@@ -9,6 +9,7 @@ import torch
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.errors import check_count, check_number, check_tensor, check_type, complaint
 from magi_attention.kernels import ops
+from magi_attention.kernels.problem import stats_dtype
 from magi_attention.kernels.reference.dense import safe_logsumexp
 from magi_attention.kernels.select import choose_backend, request_of
 from magi_attention.mask.bands import INF
@@ -103,7 +104,7 @@ def _sink_of(sink: torch.Tensor | None, q: torch.Tensor, batched: bool) -> torch
         shapes = (*shapes, (batch, num_rows, "s_sink", num_heads))
     fitting = next((s for s in shapes if len(s) == sink.dim()), shapes[0])
     check_tensor("sink", sink, shape=fitting, dtypes=_FLOATS, device=q.device, remedy=_SINK_REMEDY)
-    logit = safe_logsumexp(sink.to(ops.stats_dtype(q.dtype)), dim=-2)
+    logit = safe_logsumexp(sink.to(stats_dtype(q.dtype)), dim=-2)
     return logit.expand(batch, num_rows, num_heads)
 
 

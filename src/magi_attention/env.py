@@ -4,7 +4,6 @@
 |---|---|---|
 | ``MAGI_ATTENTION_SANITY_CHECK`` | 0 | "1": check CUDA ranges on the host (waits for the GPU), name the bad slice |
 | ``MAGI_ATTENTION_BACKEND`` | unset | debugging: the backend to use wherever a caller names none |
-| ``MAGI_ATTENTION_LOG_LEVEL`` | WARNING | level of the ``magi_attention`` logger |
 | ``TRITON_INTERPRET`` | 0 | Triton's own switch: "1" runs Triton kernels in its CPU interpreter |
 """
 
@@ -21,11 +20,6 @@ def sanity_check() -> bool:
 def backend_override() -> str | None:
     """The backend for calls that name none, or None for the automatic choice."""
     return os.environ.get("MAGI_ATTENTION_BACKEND") or None
-
-
-def log_level() -> str:
-    """Level name of the package's logger."""
-    return os.environ.get("MAGI_ATTENTION_LOG_LEVEL", "WARNING").upper()
 
 
 def triton_interpreter() -> bool:

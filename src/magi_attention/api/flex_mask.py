@@ -15,6 +15,7 @@ from magi_attention.common import AttnMaskType, AttnRanges
 from magi_attention.common.recent import Recent
 from magi_attention.errors import complaint
 from magi_attention.mask import DeviceMask, Mask
+from magi_attention.mask.arguments import regular
 from magi_attention.mask.lowering import lower_ranges
 
 GeneralAttnMaskType: TypeAlias = str | AttnMaskType | Sequence[str | AttnMaskType]
@@ -90,25 +91,14 @@ def _naive(ranges: Ranges) -> Any:
     return ranges.to_naive_ranges() if isinstance(ranges, AttnRanges) else ranges
 
 
-def _array(name: str, values: object) -> NDArray[Any]:
-    if isinstance(values, torch.Tensor):
-        return values.detach().numpy()
-    try:
-        return np.asarray(values)
-    except ValueError:
-        raise ValueError(complaint(name, "pairs (start, end)", values)) from None
-
-
 def _host_mask(q_ranges: Ranges, k_ranges: Ranges, types: Types, num_rows: int, num_cols: int) -> Mask:
     """Remembered by content: tensors may share memory with arrays whose edits no version counts."""
-    tables = [_array("q_ranges", _naive(q_ranges)), _array("k_ranges", _naive(k_ranges))]
-    codes: Any = types if types is None or _is_single(types) else _array("attn_type_map", types)
+    tables = [regular("q_ranges", _naive(q_ranges)), regular("k_ranges", _naive(k_ranges))]
+    codes: Any = types if types is None or _is_single(types) else regular("attn_type_map", types)
     key = (*map(_content, (*tables, codes)), num_rows, num_cols)
     mask = _host_masks.get(key)
     if mask is None:
-        # What inference mode makes cannot be saved for a later backward.
-        with torch.inference_mode(False):
-            mask = Mask.from_ranges(tables[0], tables[1], codes, num_rows, num_cols)
+        mask = Mask.from_ranges(tables[0], tables[1], codes, num_rows, num_cols)
         _host_masks.put(key, mask)
     return mask
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from magi_attention.kernels.problem import Problem
+from magi_attention.kernels.problem import Problem, stats_dtype
 
 _FORWARD = (
     "forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, float softmax_scale, float softcap, "
@@ -25,11 +25,6 @@ _BACKWARD = (
 _library = torch.library.Library("magi_attention", "DEF")
 _library.define(_FORWARD)
 _library.define(_BACKWARD)
-
-
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of lse, max_logits and dsink: fp32, and fp64 for fp64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _implementation(backend: str) -> Any:

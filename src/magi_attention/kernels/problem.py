@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 
 
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of lse, max_logits and dsink for inputs of ``dtype``: fp32, and fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class Problem:
     """Inputs of one attention call, as every backend takes them.
@@ -32,5 +37,5 @@ class Problem:
 
     @property
     def stats_dtype(self) -> torch.dtype:
-        """dtype of lse, max_logits and dsink: fp32, and fp64 for fp64 inputs."""
-        return torch.promote_types(self.q.dtype, torch.float32)
+        """dtype of lse, max_logits and dsink."""
+        return stats_dtype(self.q.dtype)

@@ -20,6 +20,16 @@ Window = tuple[int | None, int | None]
 """Keys visible left and right of the (bottom-right aligned) diagonal; -1 or None is unlimited."""
 
 
+def regular(name: str, values: object) -> NDArray[Any]:
+    """``values`` as an array; rows of different lengths are refused in our words."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().numpy()
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise ValueError(complaint(name, "pairs (start, end)", values)) from None
+
+
 def integers(name: str, values: object) -> NDArray[np.int64]:
     """``values`` as a one-dimensional int64 array."""
     array = np.asarray(values)

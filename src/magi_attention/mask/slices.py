@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from magi_attention.errors import complaint
+from magi_attention.mask.arguments import regular
 from magi_attention.mask.bands import HI, INF, K0, K1, LO, Q0, Q1, Bands, compact, relax
 
 if TYPE_CHECKING:
@@ -55,13 +56,7 @@ def _range_table(name: str, ranges: object, size: int | None) -> NDArray[np.int6
     """(n, 2) int64, each line checked."""
     if hasattr(ranges, "to_naive_ranges"):
         ranges = ranges.to_naive_ranges()
-    elif isinstance(ranges, torch.Tensor):
-        ranges = ranges.cpu()
-    try:
-        table = np.asarray(ranges)
-    except ValueError:  # rows of different lengths
-        remedy = "Each range is (start, end)."
-        raise ValueError(complaint(f"{name} shape", "(n, 2)", "rows of different lengths", remedy)) from None
+    table = regular(name, ranges)
     if table.size == 0:
         return np.zeros((0, 2), dtype=np.int64)
     if table.ndim != 2 or table.shape[1] != 2:

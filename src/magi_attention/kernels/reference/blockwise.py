@@ -105,10 +105,12 @@ def _by_head(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype).transpose(0, 1).contiguous()
 
 
-def _head_steps(num_kv_heads: int, folded_rows: int) -> Iterator[slice]:
+def _head_steps(num_kv_heads: int, group: int, folded_rows: int) -> Iterator[tuple[slice, slice]]:
+    """K/V heads of each step, and the query heads that read them."""
     step = max(1, _STEP_SCORES // (folded_rows * _CHUNK_COLS))
     for begin in range(0, num_kv_heads, step):
-        yield slice(begin, min(begin + step, num_kv_heads))
+        end = min(begin + step, num_kv_heads)
+        yield slice(begin, end), slice(begin * group, end * group)
 
 
 class _Room:
@@ -128,25 +130,22 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
     """(out, lse, max_logits) of one call."""
     q, k, v, softcap, work = problem.q, problem.k, problem.v, problem.softcap, problem.stats_dtype
     batch, num_rows, num_heads, _ = q.shape
-    num_kv_heads = k.shape[2]
+    num_kv_heads, group = k.shape[2], num_heads // k.shape[2]
     out = q.new_zeros(batch, num_rows, num_heads, v.shape[3])
     lse = q.new_full((batch, num_rows, num_heads), -torch.inf, dtype=work)
-    max_logits = q.new_full((num_kv_heads, num_heads // num_kv_heads), -torch.inf, dtype=work)
-    rooms = (_Room(q, work), _Room(q, work))
+    max_logits = q.new_full((num_kv_heads, group), -torch.inf, dtype=work)
+    tiles, rooms = list(_tiles(problem)), (_Room(q, work), _Room(q, work))
     for b in range(batch):
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
-        for tile in _tiles(problem):
+        for tile in tiles:
             rows = slice(tile.row_begin, tile.row_end)
             height = tile.row_end - tile.row_begin
             q_KRD = _fold(q[b, rows], num_kv_heads, work) * problem.softmax_scale
-            for heads in _head_steps(num_kv_heads, q_KRD.shape[1]):
+            for heads, q_heads in _head_steps(num_kv_heads, group, q_KRD.shape[1]):
                 scores = _Scores(q_KRD[heads], k_KSD[heads], tile, softcap, rooms)
                 tile_out, tile_lse, top = _attend(scores, v_KSV[heads])
-                head_slice = slice(
-                    heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads
-                )
-                out[b, rows, head_slice] = _unfold(tile_out, height).to(out.dtype)
-                lse[b, rows, head_slice] = _unfold(tile_lse, height)[:, :, 0]
+                out[b, rows, q_heads] = _unfold(tile_out, height).to(out.dtype)
+                lse[b, rows, q_heads] = _unfold(tile_lse, height)[:, :, 0]
                 if need_max_logits:
                     per_head = top.view(top.shape[0], -1, height).amax(dim=2)
                     max_logits[heads] = torch.maximum(max_logits[heads], per_head)
@@ -207,31 +206,28 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsink) of one call; tiles add to dk and dv one after the other."""
     q, k, v, work = problem.q, problem.k, problem.v, problem.stats_dtype
-    batch, num_heads, num_kv_heads = q.shape[0], q.shape[2], k.shape[2]
+    batch, num_kv_heads, group = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
     delta = _delta(out, dout, lse, dlse)
     dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    rooms = (_Room(q, work), _Room(q, work))
+    tiles, rooms = list(_tiles(problem)), (_Room(q, work), _Room(q, work))
     for b in range(batch):
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
         dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
         v_KSV = torch.cat([v_KSV, torch.ones_like(v_KSV[:, :, :1])], dim=2)
-        for tile in _tiles(problem):
+        for tile in tiles:
             rows = slice(tile.row_begin, tile.row_end)
             q_KRD = _fold(q[b, rows], num_kv_heads, work) * problem.softmax_scale
             dout_KRV = _fold(dout[b, rows], num_kv_heads, work)
             lse_KR1 = _fold(lse[b, rows, :, None], num_kv_heads, work)
             # (do, -delta) . (v, 1) = do . v - delta, without a pass over the scores.
             dout_KRV = torch.cat([dout_KRV, -_fold(delta[b, rows, :, None], num_kv_heads, work)], dim=2)
-            for heads in _head_steps(num_kv_heads, q_KRD.shape[1]):
-                head_slice = slice(
-                    heads.start * num_heads // num_kv_heads, heads.stop * num_heads // num_kv_heads
-                )
+            for heads, q_heads in _head_steps(num_kv_heads, group, q_KRD.shape[1]):
                 scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem.softcap, rooms)
                 dq_KRD = _tile_gradients(
                     scores, v_KSV[heads], dout_KRV[heads], lse_KR1[heads], dk_KSD[heads], dv_KSV[heads]
                 )
                 dq_tile = _unfold(dq_KRD * problem.softmax_scale, tile.row_end - tile.row_begin)
-                dq[b, rows, head_slice] = dq_tile.to(q.dtype)
+                dq[b, rows, q_heads] = dq_tile.to(q.dtype)
         dk[b], dv[b] = dk_KSD.transpose(0, 1), dv_KSV.transpose(0, 1)
     return dq, dk, dv, _dsink(problem.sink, lse, delta)
 
