@@ -87,7 +87,17 @@ def attention(
         q, scale = -q, -scale
     name = choose_backend(request_of(q, v), backend)
     out, lse, max_logits = ops.forward(
-        q, k, v, _sink_of(sink, q, batched), mask.table, scale, float(softcap), return_max_logits, name
+        q,
+        k,
+        v,
+        _sink_of(sink, q, batched),
+        mask.table,
+        scale,
+        float(softcap),
+        return_max_logits,
+        bool(deterministic),
+        int(sm_margin),
+        name,
     )
     meta = AttnForwardMeta(lse if batched else lse[0], max_logits if return_max_logits else None)
     return (out if batched else out[0]), meta

@@ -15,11 +15,12 @@ from magi_attention.kernels.problem import Problem, stats_dtype
 
 _FORWARD = (
     "forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, float softmax_scale, float softcap, "
-    "bool need_max_logits, str backend) -> (Tensor out, Tensor lse, Tensor max_logits)"
+    "bool need_max_logits, bool deterministic, int sm_margin, str backend) -> (Tensor out, Tensor lse, Tensor max_logits)"
 )
 _BACKWARD = (
     "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor out, Tensor lse, "
-    "Tensor bands, float softmax_scale, float softcap, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
+    "Tensor bands, float softmax_scale, float softcap, bool deterministic, int sm_margin, str backend) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
 )
 
 _library = torch.library.Library("magi_attention", "DEF")
@@ -28,6 +29,10 @@ _library.define(_BACKWARD)
 
 
 def _implementation(backend: str) -> Any:
+    if backend == "hopper":
+        from magi_attention.kernels.hopper import launch as hopper
+
+        return hopper
     if backend == "triton":
         from magi_attention.kernels.triton import launch
 
@@ -41,13 +46,17 @@ def _implementation(backend: str) -> Any:
     return blockwise
 
 
-def _forward(q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, backend):  # type: ignore[no-untyped-def]
-    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap)
+def _forward(  # type: ignore[no-untyped-def]
+    q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
+):
+    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
     return _implementation(backend).forward(problem, need_max_logits)
 
 
-def _backward(dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, backend):  # type: ignore[no-untyped-def]
-    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap)
+def _backward(  # type: ignore[no-untyped-def]
+    dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, deterministic, sm_margin, backend
+):
+    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
     return _implementation(backend).backward(problem, out, lse, dout, dlse)
 
 
@@ -57,7 +66,9 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("magi_attention::forward", lib=_library)
-def _forward_shapes(q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, backend):  # type: ignore[no-untyped-def]
+def _forward_shapes(  # type: ignore[no-untyped-def]
+    q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
+):
     batch, num_rows, num_heads, _ = q.shape
     stats = stats_dtype(q.dtype)
     out = q.new_empty(batch, num_rows, num_heads, v.shape[3])
@@ -65,18 +76,20 @@ def _forward_shapes(q, k, v, sink, bands, softmax_scale, softcap, need_max_logit
 
 
 @torch.library.register_fake("magi_attention::backward", lib=_library)
-def _backward_shapes(dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, backend):  # type: ignore[no-untyped-def]
+def _backward_shapes(  # type: ignore[no-untyped-def]
+    dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, deterministic, sm_margin, backend
+):
     dsink = lse.new_empty(lse.shape if sink is not None else (0,))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, sink, bands, softmax_scale, softcap, _, backend = inputs
+    q, k, v, sink, bands, softmax_scale, softcap, _, deterministic, sm_margin, backend = inputs
     out, lse, max_logits = output
     ctx.mark_non_differentiable(max_logits)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, sink, bands, out, lse)
-    ctx.scalars = (softmax_scale, softcap, backend)
+    ctx.scalars = (softmax_scale, softcap, deterministic, sm_margin, backend)
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: None) -> tuple:
@@ -88,7 +101,7 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     dq, dk, dv, dsink = torch.ops.magi_attention.backward.default(
         dout, dlse, q, k, v, sink, out, lse, bands, *ctx.scalars
     )
-    return dq, dk, dv, (dsink if sink is not None else None), None, None, None, None, None
+    return dq, dk, dv, (dsink if sink is not None else None), None, None, None, None, None, None, None
 
 
 torch.library.register_autograd(

@@ -25,6 +25,8 @@ class Problem:
         bands: int32 (n, 6), on the CPU or on q's device.
         softmax_scale: positive.
         softcap: 0 is off.
+        deterministic: gradients must have the same bits every time (out always has).
+        sm_margin: multiprocessors that persistent kernels leave free.
     """
 
     q: torch.Tensor
@@ -34,6 +36,8 @@ class Problem:
     bands: torch.Tensor
     softmax_scale: float
     softcap: float
+    deterministic: bool = False
+    sm_margin: int = 0
 
     @property
     def stats_dtype(self) -> torch.dtype:

@@ -10,10 +10,11 @@ import torch
 from magi_attention import env
 from magi_attention.errors import complaint
 
-BACKENDS = ("triton", "blockwise", "dense")
+BACKENDS = ("hopper", "triton", "blockwise", "dense")
 """In the order of the automatic choice."""
 
 DESCRIPTIONS = {
+    "hopper": "warp-specialised Gluon kernels for H100 and H200",
     "triton": "portable GPU kernels, and the CPU interpreter when TRITON_INTERPRET=1",
     "blockwise": "torch operations, memory linear in tokens, any device; the default on CPU",
     "dense": "the definition in fp64, quadratic in memory, by name only",
@@ -33,18 +34,58 @@ class Request:
     dtype: torch.dtype
     head_dim: int
     head_dim_v: int
+    capability: tuple[int, int] | None = None
 
 
 def request_of(q: torch.Tensor, v: torch.Tensor) -> Request:
     """The request that these tensors make."""
-    return Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1])
+    capability = _capability(q.device.index) if q.is_cuda and torch.version.cuda else None
+    return Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], capability)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device_index: int | None) -> tuple[int, int]:
+    if device_index not in _capabilities:
+        _capabilities[device_index] = torch.cuda.get_device_capability(device_index)
+    return _capabilities[device_index]
+
+
+_capabilities: dict[int | None, tuple[int, int]] = {}
 
 
 def refusal(backend: str, request: Request) -> str | None:
     """Why ``backend`` cannot run ``request``; None when it can."""
+    if backend == "hopper":
+        return _hopper_refusal(request)
     if backend == "triton":
         return _triton_refusal(request)
     return None
+
+
+def _hopper_refusal(request: Request) -> str | None:
+    if request.capability != (9, 0):
+        return f"the device is {_device_name(request)}, not a Hopper GPU (compute capability 9.0)"
+    if not _has_gluon():
+        return "Gluon is missing (it comes with Triton 3.6 and newer)"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {request.dtype} is not fp16 or bf16"
+    if request.head_dim != request.head_dim_v:
+        return f"head dimensions {request.head_dim} of q, k and {request.head_dim_v} of v differ"
+    if request.head_dim > MAX_HEAD_DIM or request.head_dim % 8:
+        return f"head dimension {request.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_gluon() -> bool:
+    # Asked on a Hopper GPU only: finding the module imports Triton.
+    return _HAS_TRITON and importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+
+
+def _device_name(request: Request) -> str:
+    if request.capability is None:
+        return request.device_type
+    return "a GPU of compute capability {}.{}".format(*request.capability)
 
 
 def _triton_refusal(request: Request) -> str | None:
@@ -79,8 +120,10 @@ def choose_backend(request: Request, name: str | None = None) -> str:
         if reason is not None:
             raise NotImplementedError(f"backend {name!r}: {reason}. The backends say:\n{describe(request)}")
         return name
-    if request.device_type == "cuda" and refusal("triton", request) is None:
-        return "triton"
+    if request.device_type == "cuda":
+        for backend in ("hopper", "triton"):
+            if refusal(backend, request) is None:
+                return backend
     return "blockwise"
 
 

@@ -59,3 +59,46 @@ def choose_tiles(kernel: str, head_dim: int, element_size: int) -> TileConfig:
         return _SMALL_TILE
     table = _TRITON_TILES[kernel]
     return table[min(size for size in table if size >= head_dim)]
+
+
+@dataclass(frozen=True)
+class HopperForwardTile:
+    """Tile of the Hopper forward: ``num_warpgroups`` times 64 rows, ``block_cols`` keys a step, ``num_stages`` K/V blocks.
+
+    A row is one query head of one token; heads of a group that share a tile are packed. ``out_in_q`` stages out in
+    Q's shared memory. The registers are those of a consumer's and of a producer's thread.
+    """
+
+    num_warpgroups: int
+    block_cols: int
+    num_stages: int
+    out_in_q: bool
+    consumer_registers: int
+    producer_registers: int
+
+    def block_rows(self, pack: int) -> int:
+        """Tokens of a tile in which ``pack`` heads share each token."""
+        return 64 * self.num_warpgroups // pack
+
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread at launch: what the partitions give up and take on top of it."""
+        consumers, producers = self.num_warpgroups * self.consumer_registers, self.producer_registers
+        return (consumers + producers) // (self.num_warpgroups + 1)
+
+
+_HOPPER_FORWARD = {
+    64: HopperForwardTile(2, 128, 2, False, 240, 24),
+    128: HopperForwardTile(2, 128, 2, False, 240, 24),
+    256: HopperForwardTile(2, 64, 2, True, 240, 24),
+}
+
+
+def hopper_forward_tile(head_dim: int) -> HopperForwardTile:
+    """Tile of the Hopper forward for a head dimension of at most 256; smaller ones are padded in shared memory."""
+    return _HOPPER_FORWARD[min(size for size in _HOPPER_FORWARD if size >= head_dim)]
+
+
+def packed_heads(group: int, most: int = 16) -> int:
+    """Query heads of a K/V head that share a tile: the largest power of two that divides ``group``."""
+    return min(group & -group, most)

@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from magi_attention.kernels.operands import ALIGN, aligned, optional, strides, wave
 from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
@@ -15,27 +16,24 @@ from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import TilePlan
 from magi_attention.plan.tiling import TileConfig, choose_tiles
 
-# K and V of the heads that run together should stay in L2 (60 MB on an H200, shared with everything else).
-_L2_BYTES = 40 << 20
-_ALIGN = 8
 _DELTA_ROWS = 64
 
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, max_logits) of one call."""
-    q, k, v = (_aligned(x) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (aligned(x) for x in (problem.q, problem.k, problem.v))
     batch, num_rows, num_heads, head_dim = q.shape
     head_dim_v = v.shape[3]
     out = q.new_empty(batch, num_rows, num_heads, head_dim_v)
     lse = torch.empty(batch, num_rows, num_heads, dtype=torch.float32, device=q.device)
     max_logits = torch.full((num_heads,), -torch.inf, dtype=torch.float32, device=q.device)
     tile, plan = _plan("forward", problem)
-    work = _work(plan, q, num_heads, num_heads // k.shape[2], _wave(k, v, num_heads))
+    work = _work(plan, q, num_heads, num_heads // k.shape[2], wave(k, v, num_heads))
     grid = (plan.num_tiles * batch * num_heads,)
     if grid[0]:
         forward_kernel[grid](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), out, *_strides(out),
-            *_optional(problem.sink, lse), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
+            q, *strides(q), k, *strides(k), v, *strides(v), out, *strides(out),
+            *optional(problem.sink, lse), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
             HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, SOFTCAP=problem.softcap > 0,
             D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_options(tile, q),
@@ -47,7 +45,7 @@ def backward(
     problem: Problem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
-    q, k, v, dout = (_aligned(x) for x in (problem.q, problem.k, problem.v, dout))
+    q, k, v, dout = (aligned(x) for x in (problem.q, problem.k, problem.v, dout))
     sink, scalars = problem.sink, (problem.softmax_scale, problem.softcap)
     batch, num_rows, num_heads, head_dim = q.shape
     num_kv_heads, head_dim_v = k.shape[2], v.shape[3]
@@ -60,7 +58,7 @@ def backward(
     shape = {"SOFTCAP": problem.softcap > 0, "D": head_dim, "DV": head_dim_v, "TMA": tma, **padded}
     if num_rows and batch:
         delta_kernel[(triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)](
-            out, *_strides(out), dout, *_strides(dout), *_optional(sink, lse), *_optional(dlse, lse),
+            out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
             lse, dsink, lse2, delta, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
             DV=head_dim_v, BLOCK_M=_DELTA_ROWS, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
@@ -68,18 +66,18 @@ def backward(
     if plan.num_tiles and batch:
         rows_tma = tma and tile.rows_in_registers
         dq_kernel[(plan.num_tiles * batch * num_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
+            q, *strides(q), k, *strides(k), v, *strides(v), dout, *strides(dout),
             *_blocks(tile.block_rows, rows_tma, q, dout), *_blocks(tile.block_cols, tma, k, v),
-            dq, *_strides(dq), lse2, delta, *_work(plan, q, num_heads, group, _wave(k, v, num_heads)), *scalars,
+            dq, *strides(dq), lse2, delta, *_work(plan, q, num_heads, group, wave(k, v, num_heads)), *scalars,
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, ROWS_TMA=rows_tma, **shape, **_options(tile, q),
         )  # fmt: skip
     tile, plan = _plan("backward_dkdv", problem)
     if plan.num_tiles and batch:
         dkdv_kernel[(plan.num_tiles * batch * num_kv_heads,)](
-            q, *_strides(q), k, *_strides(k), v, *_strides(v), dout, *_strides(dout),
+            q, *strides(q), k, *strides(k), v, *strides(v), dout, *strides(dout),
             *_blocks(tile.block_cols, tma, q, dout),
-            dk, *_strides(dk), dv, *_strides(dv), lse2, delta,
-            *_work(plan, q, num_kv_heads, group, _wave(q, dout, num_kv_heads)), *scalars,
+            dk, *strides(dk), dv, *strides(dv), lse2, delta,
+            *_work(plan, q, num_kv_heads, group, wave(q, dout, num_kv_heads)), *scalars,
             BLOCK_M=tile.block_cols, BLOCK_N=tile.block_rows, **shape, **_options(tile, q),
         )  # fmt: skip
     return dq, dk, dv, dsink
@@ -100,20 +98,6 @@ def _work(plan: TilePlan, q: torch.Tensor, num_heads: int, group: int, wave: int
     return (plan.tiles, plan.band_list, plan.bands, plan.num_tiles, *heads)
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x`` if the kernels can read it in place (last stride 1, the others whole 16-byte steps), else a copy."""
-    in_place = x.stride(3) == 1 and x.data_ptr() % 16 == 0
-    in_place = in_place and all(
-        s % _ALIGN == 0 for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1
-    )
-    return x if in_place else x.contiguous()
-
-
-def _strides(x: torch.Tensor) -> list[int]:
-    """Batch, token and head strides in units of 8 elements; that of an axis of length one is arbitrary: 0."""
-    return [s // _ALIGN if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
-
-
 def _blocks(rows: int, tma: bool, *tensors: torch.Tensor) -> tuple:
     """Tensor descriptors of blocks of ``rows`` rows for the copy engine; stand-ins without it."""
     return tuple(_descriptor(x, rows) for x in tensors) if tma else tensors
@@ -121,7 +105,7 @@ def _blocks(rows: int, tma: bool, *tensors: torch.Tensor) -> tuple:
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     # The stride of an axis of length one is arbitrary; the engine wants whole 16-byte steps.
-    strides = [s if n > 1 else _ALIGN for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+    strides = [s if n > 1 else ALIGN for s, n in zip(x.stride()[:3], x.shape, strict=False)]
     dim = max(16, triton.next_power_of_2(x.shape[3]))
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, dim])
 
@@ -134,21 +118,6 @@ def _has_copy_engine(q: torch.Tensor, k: torch.Tensor) -> bool:
 @functools.cache
 def _is_hopper_or_later(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _optional(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
-    """Pointer and strides of an optional fp32 (B, T, H) tensor; ``stand_in`` is passed and never read when absent."""
-    return (stand_in, 0, 0, 0) if x is None else (x, *x.stride())
-
-
-def _wave(x: torch.Tensor, y: torch.Tensor, num_heads: int) -> int:
-    """How many heads to run side by side, so that what they all read (``x`` and ``y``, per head) fits in L2."""
-    shared_heads = x.shape[2]
-    per_head = x.shape[1] * (x.shape[3] + y.shape[3]) * x.element_size()
-    fitting = max(1, _L2_BYTES // max(per_head, 1))
-    while shared_heads % fitting:
-        fitting -= 1
-    return max(1, min(fitting, shared_heads) * num_heads // shared_heads)
 
 
 def _padded(head_dim: int, head_dim_v: int) -> dict[str, int]:

@@ -1,0 +1,513 @@
+"""Forward on Hopper: persistent, warp-specialised, one pass over the runs of each tile.
+
+Partitions of a program: NUM_WG consumer warpgroups of 64 query rows each, a producer warp that pulls tiles off a work
+counter, walks their runs and feeds K and V rings by TMA, and an eraser warp for rows of V that lie beyond a run. With
+every K block the producer sends four words: the diagonals and the last column relative to the block, and which of
+them cut it. Consumers know neither bands nor plan.
+
+A consumer keeps S(j+1) = Q K^T in flight while it computes the softmax of block j and P(j) V(j) runs; the warpgroups take
+turns on the tensor cores. The wait for the next K block stands between softmax and the wait for P V because ptxas moves
+a bare wait above the softmax; the spin loop is a border it does not cross.
+
+PACK query heads of one K/V head share a tile: its 64 rows per warpgroup are 64 / PACK tokens x PACK heads.
+"""
+
+from __future__ import annotations
+
+from magi_attention.kernels.hopper.compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from magi_attention.kernels.hopper.primitives import (
+    LN2,
+    LOG2E,
+    NAMED_BARRIERS,
+    WORDS,
+    count_blocks,
+    erase_rows,
+    get_words,
+    locate,
+    named_arrive,
+    named_sync,
+    put_words,
+    raw_arrive,
+    raw_base,
+    raw_init,
+    raw_wait,
+    retire,
+    run_of,
+    take_item,
+    tanh,
+)
+
+# Raw barriers: Q free (one a warpgroup), K free, V free (one a stage).
+Q_FREE = gl.constexpr(0)
+K_FREE = gl.constexpr(4)
+V_FREE = gl.constexpr(8)
+# Messages: tile (32 bytes a warpgroup), K block (16 a stage), rows to erase (16 a slot).
+TILE_WORDS = gl.constexpr(512)
+BLOCK_WORDS = gl.constexpr(512 + 128)
+ERASE_WORDS = gl.constexpr(512 + 128 + 64)
+
+CUT_ABOVE = gl.constexpr(1)
+CUT_BELOW = gl.constexpr(2)
+FAR = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, end, cuts, it, STAGES: gl.constexpr):
+    """Load the K block at ``column``; ``end`` is one past the last column of its run."""
+    stage = it % STAGES
+    raw_wait(raw + (K_FREE + stage) * 8, ((it // STAGES) & 1) ^ 1)
+    put_words(raw + BLOCK_WORDS + stage * 16, lo - column, hi - column, end - 1 - column, cuts)
+    mbarrier.expect(k_full.index(stage), K_DESC.block_type.nbytes)
+    tma_load(K_DESC, [batch, column, kv_head, 0], k_full.index(stage), k_bufs.index(stage))
+
+
+@gluon.jit
+def send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, column, live, it, erased,
+           BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Load the V block at ``column``, by way of the eraser when only ``live`` of its rows belong to the run."""
+    stage = it % STAGES
+    raw_wait(raw + (V_FREE + stage) * 8, ((it // STAGES) & 1) ^ 1)
+    if live < BLOCK_N:
+        slot = erased % STAGES
+        put_words(raw + ERASE_WORDS + slot * 16, stage, live, 0, 0)
+        mbarrier.expect(v_dirty.index(slot), V_DESC.block_type.nbytes)
+        tma_load(V_DESC, [batch, column, kv_head, 0], v_dirty.index(slot), v_bufs.index(stage))
+        erased += 1
+    else:
+        mbarrier.expect(v_full.index(stage), V_DESC.block_type.nbytes)
+        tma_load(V_DESC, [batch, column, kv_head, 0], v_full.index(stage), v_bufs.index(stage))
+    return erased
+
+
+@gluon.jit
+def producer(
+    Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, num_cols,
+    PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr,
+):  # fmt: skip
+    TOKENS: gl.constexpr = 64 // PACK
+    it = 0
+    erased = 0
+    q_phase = 1
+    item = gl.program_id(0)
+    while item < num_tiles * num_units:
+        next_item = take_item(COUNTER) + gl.num_programs(0)
+        tile, unit = locate(item, num_tiles, num_units, wave)
+        row_begin, row_end = gl.load(TILES + 4 * tile), gl.load(TILES + 4 * tile + 1)
+        list_begin, list_count = gl.load(TILES + 4 * tile + 2), gl.load(TILES + 4 * tile + 3)
+        if row_begin < row_end:
+            batch = unit // units_per_batch
+            unit = unit % units_per_batch
+            kv_head = unit // units_per_kv
+            num_blocks = count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, BLOCK_N)
+            for w in gl.static_range(NUM_WG):
+                raw_wait(raw + (Q_FREE + w) * 8, q_phase)
+                put_words(raw + TILE_WORDS + w * 32, gl.maximum(num_blocks, 1), row_begin, row_end, 0)
+                put_words(raw + TILE_WORDS + w * 32 + 16, batch, unit * PACK, 0, 0)
+                mbarrier.expect(q_full.index(w), Q_DESC.block_type.nbytes)
+                tma_load(
+                    Q_DESC, [batch, row_begin + w * TOKENS, unit * PACK, 0], q_full.index(w), q_bufs.index(w)
+                )
+            q_phase ^= 1
+            # V of a block follows K of the next one: the ring must not tie that K to the product with this V.
+            pending = 0
+            pending_live = 0
+            started = 0
+            for at in range(list_begin, list_begin + list_count):
+                first, last, run_blocks, all_from, all_to, lo, hi = run_of(
+                    BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK_N
+                )
+                for b in range(0, run_blocks):
+                    column = first + b * BLOCK_N
+                    cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0)
+                    cuts += gl.where(column < all_from, CUT_BELOW, 0)
+                    send_k(
+                        K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES
+                    )
+                    if started > 0:
+                        erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, pending, pending_live,
+                                        it - 1, erased, BLOCK_N, STAGES)  # fmt: skip
+                    started = 1
+                    pending = column
+                    # Beyond the tensor the copy engine fills with zeros.
+                    pending_live = gl.where(last < num_cols, last - column, BLOCK_N)
+                    it += 1
+            if num_blocks == 0:
+                # One block of zeros beyond the tensor, with nothing visible, keeps the consumers uniform.
+                send_k(
+                    K_DESC,
+                    k_bufs,
+                    k_full,
+                    raw,
+                    batch,
+                    kv_head,
+                    num_cols,
+                    -FAR,
+                    -FAR,
+                    num_cols,
+                    CUT_ABOVE,
+                    it,
+                    STAGES,
+                )
+                pending = num_cols
+                pending_live = BLOCK_N
+                it += 1
+            erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, pending, pending_live, it - 1, erased,
+                            BLOCK_N, STAGES)  # fmt: skip
+        item = next_item
+    for w in gl.static_range(NUM_WG):
+        raw_wait(raw + (Q_FREE + w) * 8, q_phase)
+        put_words(raw + TILE_WORDS + w * 32, 0, 0, 0, 0)
+        mbarrier.arrive(q_full.index(w), count=1)
+    for s in gl.static_range(STAGES):
+        raw_wait(raw + (V_FREE + (it + s) % STAGES) * 8, (((it + s) // STAGES) & 1) ^ 1)
+    put_words(raw + ERASE_WORDS + (erased % STAGES) * 16, -1, 0, 0, 0)
+    mbarrier.arrive(v_dirty.index(erased % STAGES), count=1)
+    retire(COUNTER, gl.num_programs(0))
+
+
+@gluon.jit
+def eraser(v_bufs, v_full, v_dirty, raw, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Zero the rows of V blocks beyond their run, between their arrival and their announcement to the consumers."""
+    HALVES: gl.constexpr = D // 64
+    GROUPS: gl.constexpr = BLOCK_N // 8 * HALVES
+    part: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    groups = v_bufs._reinterpret(v_bufs.dtype, [STAGES * GROUPS, 8, 64], part)
+    done = 0
+    stage = 0
+    while stage >= 0:
+        slot = done % STAGES
+        mbarrier.wait(v_dirty.index(slot), (done // STAGES) & 1)
+        stage, live, unused, unused_too = get_words(raw + ERASE_WORDS + slot * 16)
+        if stage >= 0:
+            erase_rows(groups, stage * GROUPS, live, BLOCK_N, HALVES)
+            fence_async_shared()
+            mbarrier.arrive(v_full.index(stage), count=1)
+        done += 1
+
+
+@gluon.jit
+def hide(s, first_row, lo, hi, end, cuts, PACK: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """Scores of a partial block: -inf where the band shows nothing. lo, hi, end are relative to the block."""
+    row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout)) // PACK
+    column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    if (cuts & CUT_ABOVE) != 0:
+        s = gl.where(column[None, :] <= gl.minimum(row + hi, end)[:, None], s, -float("inf"))
+    if (cuts & CUT_BELOW) != 0:
+        s = gl.where(column[None, :] >= (row + lo)[:, None], s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def take_turn(W: gl.constexpr, NUM_WG: gl.constexpr):
+    if NUM_WG > 1:
+        named_sync(NAMED_BARRIERS + W, 256)
+
+
+@gluon.jit
+def pass_turn(W: gl.constexpr, NUM_WG: gl.constexpr):
+    if NUM_WG > 1:
+        named_arrive(NAMED_BARRIERS + (W + 1) % NUM_WG, 256)
+
+
+@gluon.jit
+def attend(
+    q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, top, total, it, is_last, first_row, scale, cap_scale,
+    W: gl.constexpr, NUM_WG: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of block it + 1, product with V of block it."""
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    rows_of_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    stage = it % STAGES
+    next_stage = (it + 1) % STAGES
+    lo, hi, end, cuts = get_words(raw + BLOCK_WORDS + next_stage * 16)
+    take_turn(W, NUM_WG)
+    k_t = k_bufs.index(next_stage).reshape((BLOCK_N, D)).permute((1, 0))
+    s = warpgroup_mma(
+        q_smem, k_t, gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True
+    )
+    mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
+    acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
+    pass_turn(W, NUM_WG)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    raw_arrive(raw + (K_FREE + next_stage) * 8)
+    if SOFTCAP:
+        s = tanh(s * cap_scale)
+    if cuts != 0:
+        s = hide(s, first_row, lo, hi, end, cuts, PACK, BLOCK_N, s_layout)
+    new_top = gl.maximum(top, gl.max(s, 1))
+    pivot = gl.where(new_top == -float("inf"), 0.0, new_top * scale)
+    p = gl.exp2(s * scale - pivot[:, None])
+    fade = gl.exp2(top * scale - pivot)
+    total = total * fade + gl.sum(p, 1)
+    mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=is_last == 0)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    raw_arrive(raw + (V_FREE + stage) * 8)
+    p_op = gl.convert_layout(p.to(k_bufs.dtype), p_layout)
+    acc = acc * gl.convert_layout(fade, rows_of_o)[:, None]
+    return p_op, acc, new_top, total
+
+
+@gluon.jit
+def consumer(
+    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
+    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+    W: gl.constexpr, NUM_WG: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr,
+    OUT_IN_Q: gl.constexpr,
+):  # fmt: skip
+    """``scale`` takes a score (capped, if SOFTCAP) to units of log2; ``cap_scale`` a raw score to tanh's argument."""
+    TOKENS: gl.constexpr = 64 // PACK
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
+    )
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    rows_of_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+    rows_of_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q_smem = q_bufs.index(W).reshape((64, D))
+    it = 0
+    q_phase = 0
+    if W == NUM_WG - 1:
+        pass_turn(W, NUM_WG)  # the first warpgroup begins
+    mbarrier.wait(q_full.index(W), q_phase)
+    num_blocks, row_begin, row_end, unused = get_words(raw + TILE_WORDS + W * 32)
+    while num_blocks > 0:
+        batch, head, unused, unused = get_words(raw + TILE_WORDS + W * 32 + 16)
+        first_row = row_begin + W * TOKENS
+        stage = it % STAGES
+        mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
+        lo, hi, end, cuts = get_words(raw + BLOCK_WORDS + stage * 16)
+        take_turn(W, NUM_WG)
+        k_t = k_bufs.index(stage).reshape((BLOCK_N, D)).permute((1, 0))
+        s = warpgroup_mma(
+            q_smem, k_t, gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True
+        )
+        pass_turn(W, NUM_WG)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        raw_arrive(raw + (K_FREE + stage) * 8)
+        if SOFTCAP:
+            s = tanh(s * cap_scale)
+        if cuts != 0:
+            s = hide(s, first_row, lo, hi, end, cuts, PACK, BLOCK_N, s_layout)
+        top = gl.max(s, 1)
+        pivot = gl.where(top == -float("inf"), 0.0, top * scale)
+        p = gl.exp2(s * scale - pivot[:, None])
+        total = gl.sum(p, 1)
+        p_op = gl.convert_layout(p.to(k_bufs.dtype), p_layout)
+        acc = gl.zeros([64, D], gl.float32, o_layout)
+
+        mbarrier.wait(k_full.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=num_blocks > 1)
+        for b in range(1, num_blocks):
+            p_op, acc, top, total = attend(
+                q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, top, total, it,
+                (b + 1 == num_blocks).to(gl.int32), first_row, scale, cap_scale,
+                W, NUM_WG, PACK, D, BLOCK_N, STAGES, SOFTCAP, s_layout, o_layout,
+            )  # fmt: skip
+            it += 1
+
+        if not OUT_IN_Q:
+            raw_arrive(raw + (Q_FREE + W) * 8)
+        stage = it % STAGES
+        mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
+        acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
+        packed = gl.arange(0, 64, layout=rows_of_s)
+        row = first_row + packed // PACK
+        live = row < row_end
+        head_of_row = head + packed % PACK
+        peak = top * scale
+        if HAS_MAX:
+            at_head = gl.where(live, peak * LN2, -float("inf"))
+            gl.atomic_max(
+                MAX_LOGITS + head_of_row, at_head, mask=live & (at_head > -float("inf")), sem="relaxed"
+            )
+        if HAS_SINK:
+            at_sink = (
+                batch.to(gl.int64) * stride_sb
+                + row.to(gl.int64) * stride_st
+                + head_of_row.to(gl.int64) * stride_sh
+            )
+            sink = gl.load(SINK + at_sink, mask=live, other=-float("inf")) * LOG2E
+            new_peak = gl.maximum(peak, sink)
+            pivot = gl.where(new_peak == -float("inf"), 0.0, new_peak)
+            fade = gl.exp2(peak - pivot)
+            total = total * fade + gl.exp2(sink - pivot)
+            peak = new_peak
+        else:
+            fade = gl.full([64], 1.0, gl.float32, rows_of_s)
+        seen = total > 0.0
+        lse = gl.where(seen, (peak + gl.log2(total)) * LN2, -float("inf"))
+        at_lse = (batch.to(gl.int64) * num_rows + row) * num_heads + head_of_row
+        gl.store(LSE + at_lse, lse, mask=live)
+        weight = gl.convert_layout(gl.where(seen, fade / total, 0.0), rows_of_o)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        raw_arrive(raw + (V_FREE + stage) * 8)
+        it += 1
+        out = (acc * weight[:, None]).to(k_bufs.dtype)
+        if first_row + TOKENS <= row_end:
+            o_tile = o_bufs.index(W)
+            tma_store_wait(0)
+            o_tile.reshape((64, D)).store(out)
+            fence_async_shared()
+            tma_store(O_DESC, [batch, first_row, head, 0], o_tile)
+            if OUT_IN_Q:
+                tma_store_wait(0)
+        else:  # rows of the next tile must stay untouched
+            store_rows(
+                OUT,
+                stride_ob,
+                stride_ot,
+                stride_oh,
+                out,
+                batch,
+                head,
+                first_row,
+                row_end,
+                PACK,
+                D,
+                DV,
+                o_layout,
+            )
+        if OUT_IN_Q:
+            raw_arrive(raw + (Q_FREE + W) * 8)
+        q_phase ^= 1
+        mbarrier.wait(q_full.index(W), q_phase)
+        num_blocks, row_begin, row_end, unused = get_words(raw + TILE_WORDS + W * 32)
+    tma_store_wait(0)
+    if W == 0:
+        take_turn(W, NUM_WG)  # absorbs the last warpgroup's last pass
+
+
+@gluon.jit
+def store_rows(OUT, stride_ob, stride_ot, stride_oh, out, batch, head, first_row, row_end,
+               PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """The rows before ``row_end`` of a warpgroup's tile; strides in units of 8 elements."""
+    packed = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    row = first_row + packed // PACK
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    at = (
+        row.to(gl.int64) * stride_ot
+        + (head + packed % PACK).to(gl.int64) * stride_oh
+        + batch.to(gl.int64) * stride_ob
+    )
+    gl.store(
+        OUT + at[:, None] * 8 + column[None, :], out, mask=(row < row_end)[:, None] & (column < DV)[None, :]
+    )
+
+
+RUNTIME_SIZES = [
+    *(
+        "num_tiles",
+        "num_units",
+        "units_per_batch",
+        "units_per_kv",
+        "wave",
+        "num_rows",
+        "num_cols",
+        "num_heads",
+    ),
+    *(f"stride_{tensor}{axis}" for tensor in "os" for axis in "bth"),
+]
+
+
+@gluon.jit(do_not_specialize=RUNTIME_SIZES)
+def forward_kernel(
+    Q_DESC, K_DESC, V_DESC, O_DESC,
+    OUT, stride_ob, stride_ot, stride_oh,  # in units of 8 elements
+    SINK, stride_sb, stride_st, stride_sh,  # one sink logit a row and head
+    LSE,  # fp32 (B, T, H), contiguous
+    MAX_LOGITS,  # fp32 (H,), starts at -inf
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, num_rows, num_cols,
+    num_heads, scale, cap_scale,
+    PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    NUM_WG: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """A unit is PACK query heads of one K/V head; ``num_units`` counts those of all batches."""
+    dtype: gl.constexpr = Q_DESC.dtype
+    q_bufs = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64 // PACK, PACK, D], Q_DESC.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], K_DESC.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], V_DESC.layout)
+    if OUT_IN_Q:
+        o_bufs = q_bufs
+    else:
+        o_bufs = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64 // PACK, PACK, D], O_DESC.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_dirty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    raw = raw_base()
+    for w in gl.static_range(NUM_WG):
+        mbarrier.init(q_full.index(w), count=1)
+        raw_init(raw + (Q_FREE + w) * 8, 4)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_dirty.index(s), count=1)
+        raw_init(raw + (K_FREE + s) * 8, 4 * NUM_WG)
+        raw_init(raw + (V_FREE + s) * 8, 4 * NUM_WG)
+    fence_async_shared()
+    if NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (consumer, (
+                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
+                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+                    gl.constexpr(0), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                )),
+                (consumer, (
+                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
+                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+                    gl.constexpr(1), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                )),
+                (producer, (
+                    Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
+                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, num_cols,
+                    PACK, BLOCK_N, STAGES, NUM_WG,
+                )),
+                (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
+            ],
+            [4, 1, 1],
+            [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (
+                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
+                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+                    gl.constexpr(0), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                )),
+                (consumer, (
+                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
+                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+                    gl.constexpr(1), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                )),
+                (consumer, (
+                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
+                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+                    gl.constexpr(2), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                )),
+                (producer, (
+                    Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
+                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, num_cols,
+                    PACK, BLOCK_N, STAGES, NUM_WG,
+                )),
+                (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
+            ],
+            [4, 4, 1, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+        )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Host side of the Hopper kernels: tiles by table, plans by cache, one persistent launch per kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from magi_attention.kernels.hopper.compat import TensorDescriptor, gl
+from magi_attention.kernels.hopper.forward import forward_kernel
+from magi_attention.kernels.operands import ALIGN, aligned, optional, strides, wave
+from magi_attention.kernels.problem import Problem
+from magi_attention.kernels.triton import launch as portable
+from magi_attention.plan.cache import PlanKey, plan_cache
+from magi_attention.plan.tiling import hopper_forward_tile, packed_heads
+
+_LOG2E = 1.4426950408889634
+
+
+def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, max_logits) of one call."""
+    if _has_no_tokens(problem):
+        return portable.forward(problem, need_max_logits)
+    q, k, v = (_readable(x) for x in (problem.q, problem.k, problem.v))
+    batch, num_rows, num_heads, head_dim = q.shape
+    num_cols, num_kv_heads = k.shape[1:3]
+    group = num_heads // num_kv_heads
+    pack = packed_heads(group)
+    tile = hopper_forward_tile(head_dim)
+    out = q.new_empty(q.shape)
+    lse = torch.empty(batch, num_rows, num_heads, dtype=torch.float32, device=q.device)
+    max_logits = (
+        torch.full((num_heads,), -torch.inf, dtype=torch.float32, device=q.device)
+        if need_max_logits
+        else lse.new_empty(num_heads)
+    )
+    key = PlanKey(num_rows, num_cols, tile.block_rows(pack), tile.block_cols, False, q.device)
+    plan = plan_cache.plan_for(problem.bands, key)
+    units = num_heads // pack
+    dim = _padded(head_dim)
+    rows, columns = [1, 64 // pack, pack, dim], [1, tile.block_cols, 1, dim]
+    scale, cap_scale = _scales(problem)
+    grid = min(plan.num_tiles * batch * units, _num_programs(q.device, problem.sm_margin))
+    forward_kernel[(grid,)](
+        _descriptor(q, rows), _descriptor(k, columns), _descriptor(v, columns), _descriptor(out, rows),
+        out, *strides(out), *optional(problem.sink, lse), lse, max_logits,
+        plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * units, units,
+        group // pack, wave(k, v, units), num_rows, num_cols, num_heads, scale, cap_scale,
+        PACK=pack, D=dim, DV=head_dim, BLOCK_N=tile.block_cols, STAGES=tile.num_stages, NUM_WG=tile.num_warpgroups,
+        SOFTCAP=problem.softcap > 0, HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits,
+        OUT_IN_Q=tile.out_in_q, CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
+        num_warps=4, maxnreg=tile.max_registers,
+    )  # fmt: skip
+    return out, lse, max_logits
+
+
+def backward(
+    problem: Problem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
+    return portable.backward(problem, out, lse, dout, dlse)
+
+
+def _has_no_tokens(problem: Problem) -> bool:
+    """The copy engine refuses tensors without rows."""
+    return 0 in problem.q.shape or 0 in problem.k.shape
+
+
+def _padded(head_dim: int) -> int:
+    return next(size for size in (64, 128, 256) if size >= head_dim)
+
+
+def _scales(problem: Problem) -> tuple[float, float]:
+    """What takes a (capped) score to units of log2, and what takes a raw score to tanh's argument."""
+    if problem.softcap > 0:
+        return problem.softcap * _LOG2E, problem.softmax_scale / problem.softcap
+    return problem.softmax_scale * _LOG2E, 0.0
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` if the copy engine can read it in place, else a copy: as the kernels, and no axis repeated by stride 0."""
+    repeated = any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
+    return x.contiguous() if repeated else aligned(x)
+
+
+def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    # The stride of an axis of length one is arbitrary; the engine wants whole 16-byte steps.
+    steps = [s if n > 1 else ALIGN for s, n in zip(x.stride()[:-1], x.shape, strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], block, _layout(len(block), x.element_size()))
+
+
+@functools.cache
+def _layout(rank: int, element_size: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * element_size, rank=rank)
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _num_programs(device: torch.device, sm_margin: int) -> int:
+    return max(1, _num_multiprocessors(device) - sm_margin)
+
+
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _work_counter(device: torch.device) -> torch.Tensor:
+    """The stream's work counter: kernels of one stream run one after the other, and each leaves it at zero.
+
+    A captured graph may be replayed beside anything: it gets a counter of its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _counters[key]

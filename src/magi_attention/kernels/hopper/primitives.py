@@ -1,0 +1,200 @@
+"""What Gluon lacks, in a few lines of PTX each: named barriers, one-arrival-per-warp mbarriers, messages, a work counter.
+
+Raw mbarriers and message words live in a static shared array. It must be exactly 1024 bytes, 1024-aligned: Triton's
+dynamic shared memory begins behind it and must keep the alignment of the 128-byte swizzle. Barrier ``i`` is at byte
+``8 * i``, words from byte 512 on. Triton owns the hardware barriers 0, 1 and 2 + partition: named barriers begin at 8.
+"""
+
+from __future__ import annotations
+
+from magi_attention.kernels.hopper.compat import gl, gluon
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+NAMED_BARRIERS = gl.constexpr(8)
+WORDS = gl.constexpr(512)
+
+
+@gluon.jit
+def named_sync(barrier, THREADS: gl.constexpr):
+    """Wait at a hardware barrier that ``THREADS`` threads reach."""
+    gl.inline_asm_elementwise("barrier.cta.sync.aligned $1, $2; mov.u32 $0, 0;", "=r,r,r",
+                              [barrier, THREADS], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def named_arrive(barrier, THREADS: gl.constexpr):
+    """Count as arrived at a hardware barrier without waiting."""
+    gl.inline_asm_elementwise("barrier.cta.arrive.aligned $1, $2; mov.u32 $0, 0;", "=r,r,r",
+                              [barrier, THREADS], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def raw_base():
+    """Shared address of the static array. Once per kernel, before the partitions."""
+    return gl.inline_asm_elementwise("{ .shared .align 1024 .b64 attn_raw[128]; mov.u32 $0, attn_raw; }",
+                                     "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def raw_init(address, COUNT: gl.constexpr):
+    """Initialise the mbarrier at ``address`` for ``COUNT`` arrivals a phase (call from the whole default partition)."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p; .reg .b32 t;
+        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        @p mbarrier.init.shared::cta.b64 [$1], $2;
+        mov.u32 $0, 0; }""", "=r,r,r", [address, COUNT], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def raw_arrive(address):
+    """One arrival per warp. elect.sync keeps ptxas' uniformity analysis alive; a predicate on %tid.x destroys it."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        elect.sync _|p, -1;
+        @p mbarrier.arrive.shared::cta.b64 _, [$1];
+        mov.u32 $0, 0; }""", "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def raw_arrive_released(address):
+    """One arrival per warp that releases the earlier shared-memory writes of all its lanes."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        bar.warp.sync -1;
+        elect.sync _|p, -1;
+        @p mbarrier.arrive.shared::cta.b64 _, [$1];
+        mov.u32 $0, 0; }""", "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def raw_wait(address, parity):
+    """Wait until the phase of this parity is complete."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred done;
+        rawWait:
+        mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;
+        @!done bra.uni rawWait;
+        mov.u32 $0, 0; }""", "=r,r,r", [address, parity], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def put_words(address, a, b, c, d):
+    """Store a message of four words, 16-byte aligned; visible to whoever an arrival after it wakes."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        elect.sync _|p, -1;
+        @p st.shared.v4.b32 [$1], {$2, $3, $4, $5};
+        bar.warp.sync -1;
+        mov.u32 $0, 0; }""", "=r,r,r,r,r,r", [address, a, b, c, d], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def get_words(address):
+    """Read a message of four words."""
+    return gl.inline_asm_elementwise("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r",
+                                     [address], dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+                                     is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def take_item(counter):
+    """Next number of the work counter, the same in all lanes (call from a partition of one warp)."""
+    return gl.inline_asm_elementwise("""{
+        .reg .pred p; .reg .b32 t, l;
+        mov.u32 l, %laneid; setp.eq.u32 p, l, 0;
+        mov.u32 t, 0;
+        @p atom.global.relaxed.gpu.add.u32 t, [$1], 1;
+        shfl.sync.idx.b32 $0, t, 0, 0x1f, 0xffffffff; }""", "=r,l", [counter.to(gl.int64, bitcast=True)],
+                                     dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def retire(counter, num_programs):
+    """The last program to retire sets the work counter back to zero for the next launch (counter[1] wraps by itself)."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p, q; .reg .b32 t, l;
+        mov.u32 l, %laneid; setp.eq.u32 p, l, 0;
+        mov.u32 t, 0;
+        @p atom.global.acq_rel.gpu.inc.u32 t, [$1+4], $2;
+        setp.eq.and.u32 q, t, $2, p;
+        @q st.global.u32 [$1], 0;
+        mov.u32 $0, 0; }""", "=r,l,r", [counter.to(gl.int64, bitcast=True), num_programs - 1],
+                              dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def pinned(x):
+    """Identity that keeps an accumulator's initialisation above a product already in flight."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def opaque_next(x):
+    """x + 1, opaque to LLVM: else it keeps a dozen derived addresses in registers."""
+    return gl.inline_asm_elementwise("add.s32 $0, $1, 1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def tanh(x):
+    """tanh.approx: one special-function instruction, relative error below 2^-11."""
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def locate(item, num_tiles, num_units, wave):
+    """(tile, unit) of a work item: units ``wave`` at a time, so that tiles that run together share operands in L2, the
+    longest tiles of a wave first."""
+    per_wave = num_tiles * wave
+    first_unit = item // per_wave * wave
+    within = item % per_wave
+    here = gl.minimum(wave, num_units - first_unit)
+    return within // here, first_unit + within % here
+
+
+@gluon.jit
+def run_of(BANDS, n, row_begin, row_end, BLOCK: gl.constexpr):
+    """The tile's run in band ``n``, as plan.tiles.run_geometry has it.
+
+    Returns (first, last, num_blocks, all_from, all_to, lo, hi); columns all_from <= j < all_to are visible to every row.
+    """
+    band = BANDS + 6 * n
+    q0, q1 = gl.load(band), gl.load(band + 1)
+    k0, k1 = gl.load(band + 2), gl.load(band + 3)
+    lo, hi = gl.load(band + 4), gl.load(band + 5)
+    first = gl.maximum(k0, row_begin + lo)
+    last = gl.where((q0 <= row_begin) & (row_begin < q1), gl.minimum(k1, row_end + hi), first)
+    num_blocks = (gl.maximum(last - first, 0) + BLOCK - 1) // BLOCK
+    all_from = gl.maximum(k0, row_end - 1 + lo)
+    all_to = gl.minimum(k1, row_begin + hi + 1)
+    return first, last, num_blocks, all_from, all_to, lo, hi
+
+
+@gluon.jit
+def count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, BLOCK: gl.constexpr):
+    """Blocks of all runs of a tile."""
+    total = 0
+    for at in range(list_begin, list_begin + list_count):
+        first, last, num_blocks, all_from, all_to, lo, hi = run_of(
+            BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK
+        )
+        total += num_blocks
+    return total
+
+
+@gluon.jit
+def erase_rows(groups, first_group, tail, ROWS: gl.constexpr, HALVES: gl.constexpr):
+    """Zero the rows from ``tail`` on of a (ROWS, 64 * HALVES) operand, seen as groups of (8, 64) in shared memory.
+
+    Zero weight times NaN is NaN: rows of a block beyond its run may hold anything and must not reach a product.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    row = gl.arange(0, 8, layout=gl.SliceLayout(1, layout))
+    for group in range(tail // 8, ROWS // 8):
+        keep = (row < tail - 8 * group)[:, None]
+        for half in gl.static_range(HALVES):
+            part = groups.index(first_group + half * (ROWS // 8) + group)
+            values = part.load(layout)
+            part.store(gl.where(keep, values, gl.zeros_like(values)))
