@@ -23,7 +23,10 @@ SAMPLED_ROWS = 32
 
 @dataclass(frozen=True)
 class Inputs:
-    """q (T, H, D), k and v (T, HK, D) and the output's gradient (T, H, D), of one dtype on one device."""
+    """q (T, H, D), k and v (T, HK, D) and the output's gradient (T, H, D), of one dtype on one device.
+
+    All may have a leading batch axis.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -39,12 +42,13 @@ class Inputs:
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
+        batch: int | None = None,
     ) -> Inputs:
-        """Standard normal tensors; ``heads`` is (H, HK)."""
+        """Standard normal tensors; ``heads`` is (H, HK), ``batch`` the leading axis or none."""
         generator = torch.Generator(device=device).manual_seed(seed)
 
         def draw(count: int) -> torch.Tensor:
-            shape = (tokens, count, head_dim)
+            shape = (*(() if batch is None else (batch,)), tokens, count, head_dim)
             return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
         return cls(draw(heads[0]), draw(heads[1]), draw(heads[1]), draw(heads[0]))
@@ -100,7 +104,11 @@ def _by_formula(
     leaves = {"dq": q, "dk": k, "dv": v} if all_gradients else {"dq": q}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    out = dense_attention(q, k, v, table, dtype=dtype)[0]
+    if q.dim() == 4:
+        sequences = zip(q, k, v, strict=True)
+        out = torch.stack([dense_attention(*qkv, table, dtype=dtype)[0] for qkv in sequences])
+    else:
+        out = dense_attention(q, k, v, table, dtype=dtype)[0]
     gradients = torch.autograd.grad(out, list(leaves.values()), inputs.dout.to(out.dtype))
     return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
@@ -121,7 +129,8 @@ def row_oracle(work: Workload, inputs: Inputs, seed: int) -> Oracle:
     bands = localise(work.mask.bands, ranges, np.array([[0, work.tokens]]))
     table = torch.from_numpy(bands).to(inputs.q.device)
     index = rows.to(inputs.q.device)
-    some = Inputs(inputs.q[index], inputs.k, inputs.v, inputs.dout[index])
+    q, dout = (tensor.index_select(-3, index) for tensor in (inputs.q, inputs.dout))
+    some = Inputs(q, inputs.k, inputs.v, dout)
     exact = Inputs(*(tensor.double() for tensor in (some.q, some.k, some.v, some.dout)))
     return Oracle(
         index, _by_formula(exact, table, torch.float64, False), _by_formula(some, table, None, False)
@@ -176,8 +185,8 @@ def judge(subject: Subject, got: dict[str, torch.Tensor], oracle: Oracle) -> Ver
     verdict = Verdict()
     where = "small" if oracle.rows is None else "rows"
     for name in oracle.exact.keys() & got.keys():
-        value = subject.restore(got[name])
-        value = value if oracle.rows is None else value[oracle.rows]
+        value = subject.restore(got[name], oracle.exact[name].dim() == 4)
+        value = value if oracle.rows is None else value.index_select(-3, oracle.rows)
         by_norm, by_element = compare(value, oracle.exact[name], oracle.plain[name])
         verdict.figures[f"{where} {name}"] = by_norm
         verdict.figures[f"{where} {name} max"] = by_element

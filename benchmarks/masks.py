@@ -19,6 +19,9 @@ WINDOW = 1024
 DOCUMENT_SEED = 34
 DOCUMENT_MEDIAN = 2048
 
+SHORT_SEED = 0
+SHORT_LENGTHS = (100, 500)
+
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -88,6 +91,7 @@ class Workload:
             "causal": causal,
             "varlen_full": document,
             "varlen_causal": causal_document,
+            "short_documents": causal_document,
             "swa_causal_1024": window,
             "block_causal": block_causal,
             "prefix_tree_8": prefix_tree,
@@ -100,6 +104,13 @@ def document_boundaries(tokens: int) -> np.ndarray:
     draws = np.random.default_rng(DOCUMENT_SEED).normal(np.log(DOCUMENT_MEDIAN), 1.0, size=tokens // 8 + 64)
     lengths = np.clip(np.exp(draws).astype(np.int64), 1, max(1, tokens // 4))
     ends = np.cumsum(lengths)
+    return np.concatenate([[0], ends[: np.searchsorted(ends, tokens)], [tokens]])
+
+
+def short_boundaries(tokens: int) -> np.ndarray:
+    """(n + 1,) int64 boundaries of documents of 100 to 500 tokens, uniformly drawn; the last one is cut off."""
+    low, high = SHORT_LENGTHS
+    ends = np.cumsum(np.random.default_rng(SHORT_SEED).integers(low, high + 1, size=tokens // low + 1))
     return np.concatenate([[0], ends[: np.searchsorted(ends, tokens)], [tokens]])
 
 
@@ -119,6 +130,11 @@ def _varlen(causal: bool) -> Callable[[int], Workload]:
         return Workload(name, tokens, Mask.varlen(cuts, causal=causal), cuts, causal=causal)
 
     return build
+
+
+def _short_documents(tokens: int) -> Workload:
+    cuts = short_boundaries(tokens)
+    return Workload("short_documents", tokens, Mask.varlen(cuts, causal=True), cuts, causal=True)
 
 
 def _window(tokens: int) -> Workload:
@@ -150,6 +166,9 @@ FAMILIES: dict[str, Callable[[int], Workload]] = {
     "block_causal": _block_causal,
     "prefix_tree_8": _prefix_tree,
 }
+"""The seven of the published figures."""
+
+OTHERS: dict[str, Callable[[int], Workload]] = {"short_documents": _short_documents}
 
 
 def workload(name: str, tokens: int) -> Workload:
@@ -158,8 +177,9 @@ def workload(name: str, tokens: int) -> Workload:
     Raises:
         ValueError: unknown name, or a length that eight equal blocks do not fill.
     """
-    if name not in FAMILIES:
-        raise ValueError(f"mask: expected one of {', '.join(FAMILIES)}, got {name}.")
+    known = FAMILIES | OTHERS
+    if name not in known:
+        raise ValueError(f"mask: expected one of {', '.join(known)}, got {name}.")
     if tokens < 4 * BLOCKS or tokens % BLOCKS:
         raise ValueError(f"tokens: expected a multiple of {BLOCKS}, at least {4 * BLOCKS}, got {tokens}.")
-    return FAMILIES[name](tokens)
+    return known[name](tokens)

@@ -44,8 +44,9 @@ class Subject:
         name: the name used on the command line and in the report.
         prepare: ``prepare(work, device) -> run``; what a user does once per mask, outside the timing. Raises
             Unsupported.
-        layout: "thd" when ``run`` takes and returns (T, H, D), "bhtd" for (1, H, T, D).
+        layout: "thd" when ``run`` takes and returns (T, H, D) or (B, T, H, D), "bhtd" for (B, H, T, D).
         ours: whether this is our library.
+        per_shape: it compiles anew for every mask and length.
         missing: returns why the subject cannot be used on a device type, or None when it can.
     """
 
@@ -53,17 +54,24 @@ class Subject:
     prepare: Callable[[Workload, torch.device], Run]
     layout: str = "thd"
     ours: bool = False
+    per_shape: bool = False
     missing: Callable[[str], str | None] = lambda device_type: None
 
     def arrange(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A fresh contiguous copy of (T, H, D) in this subject's layout."""
+        """A fresh contiguous copy of (T, H, D) or (B, T, H, D) in this subject's layout."""
         if self.layout == "thd":
             return tensor.detach().clone()
-        return tensor.detach().transpose(0, 1).contiguous()[None]
+        return _batched(tensor.detach()).transpose(1, 2).contiguous()
 
-    def restore(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(T, H, D) view of a tensor in this subject's layout."""
-        return tensor if self.layout == "thd" else tensor[0].transpose(0, 1)
+    def restore(self, tensor: torch.Tensor, batched: bool) -> torch.Tensor:
+        """View of a tensor in this subject's layout as (B, T, H, D) when ``batched``, else (T, H, D)."""
+        if self.layout == "thd":
+            return tensor
+        return tensor.transpose(1, 2) if batched else tensor[0].transpose(0, 1)
+
+
+def _batched(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dim() == 4 else tensor[None]
 
 
 def _ours(backend: str, device_type: str) -> Subject:
@@ -119,6 +127,8 @@ def _prepare_flex(work: Workload, device: torch.device) -> Run:
 
     # Every mask is its own graph: without a reset the recompilation limit sends later ones to the eager path.
     torch._dynamo.reset()
+    # Bursts repeat the backward of one forward: its saved tensors must not be given away as scratch memory.
+    torch._functorch.config.donated_buffer = False
     mask_mod = work.mask_mod(device)
     block_mask = None
     if mask_mod is not None:
@@ -161,7 +171,9 @@ def _flash(name: str, module_name: str, open_window: int | None) -> Subject:
         window = (open_window, open_window) if work.window is None else (work.window - 1, 0)
         settings = {"causal": work.causal, "window_size": window}
         if len(work.segments) == 2:
-            return lambda q, k, v: _first(module.flash_attn_func(q[None], k[None], v[None], **settings))[0]
+            return lambda q, k, v: _first(
+                module.flash_attn_func(_batched(q), _batched(k), _batched(v), **settings)
+            ).view_as(q)
         cuts = torch.from_numpy(work.segments).to(device, torch.int32)
         longest = int(np.diff(work.segments).max())
         settings |= {
@@ -197,7 +209,7 @@ SUBJECTS: dict[str, Subject] = {
         _sdpa("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION),
         _sdpa("sdpa-math", SDPBackend.MATH),
         Subject("sdpa-boolmask", _prepare_boolmask, layout="bhtd"),
-        Subject("flex", _prepare_flex, layout="bhtd", missing=_only_on("cuda")),
+        Subject("flex", _prepare_flex, layout="bhtd", per_shape=True, missing=_only_on("cuda")),
         _flash("fa2", "flash_attn", open_window=-1),
         _flash("fa3", "flash_attn_interface", open_window=-1),
         _flash("fa4", "flash_attn.cute", open_window=None),

@@ -26,7 +26,8 @@ class Row:
     """One subject in one direction of one configuration.
 
     ``status`` is "ok", "wrong" (failed its check), "failed" (raised), "unsupported" or "skipped"; only "ok"
-    rows have figures, the others have a ``reason``. ``check`` holds the errors, see ``check.Verdict``.
+    rows have figures, the others have a ``reason``. ``check`` holds the errors, see ``check.Verdict``, and ``timed``
+    says how a sample was taken. ``area`` is that of one of the ``batch`` sequences.
     """
 
     mask: str
@@ -47,22 +48,30 @@ class Row:
     rounds: int = 0
     tflops: float | None = None
     check: dict[str, dict[str, float]] = field(default_factory=dict)
+    batch: int = 1
+    timed: str = ""
 
     def fill(self, figures: dict[str, float]) -> None:
         """Take median and quartiles, and count the operations of the unmasked area."""
         for name, value in figures.items():
             setattr(self, name, value)
-        work = FLOP_FACTOR[self.direction] * self.area * self.heads * self.head_dim
+        work = FLOP_FACTOR[self.direction] * self.area * self.batch * self.heads * self.head_dim
         self.tflops = work / figures["seconds"] * 1e-12
 
     @property
     def configuration(self) -> tuple[Any, ...]:
         shape = (self.mask, self.tokens, self.heads, self.kv_heads, self.head_dim, self.dtype)
-        return (*shape, self.direction)
+        return (*shape, self.batch, self.direction)
+
+    @property
+    def shape(self) -> str:
+        """Heads, head dimension and, unless it is 1, the batch, for people."""
+        batch = f"{self.batch} x " if self.batch > 1 else ""
+        return f"{batch}{self.heads}/{self.kv_heads} d{self.head_dim}"
 
     def line(self) -> str:
         """What is printed when the row is done."""
-        head = f"{self.mask:>16} {self.tokens:>7} {self.direction:>8} {self.subject:>14}  "
+        head = f"{self.mask:>16} {self.tokens:>7} {self.shape:>15} {self.direction:>8} {self.subject:>14}  "
         if self.status == "wrong":
             return f"{head}WRONG  {self.reason}"
         if self.status != "ok":
@@ -81,6 +90,7 @@ def ratios(rows: Iterable[Row]) -> list[dict[str, Any]]:
         {
             "mask": mine.mask,
             "tokens": mine.tokens,
+            "shape": mine.shape,
             "direction": mine.direction,
             "ours": mine.subject,
             "peer": peer.subject,
@@ -239,10 +249,11 @@ def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     subjects = list(dict.fromkeys(row.subject for row in rows))
     by_key = {(row.configuration, row.subject): row for row in rows}
     pairs = list(dict.fromkeys((p["ours"], p["peer"]) for p in ratios(rows)))
-    header = ["mask", "tokens", "direction", *subjects, *(f"{mine}/{peer}" for mine, peer in pairs)]
+    header = ["mask", "tokens", "shape", "direction", *subjects, *(f"{mine}/{peer}" for mine, peer in pairs)]
     lines = []
     for configuration in dict.fromkeys(row.configuration for row in rows):
-        cells = [configuration[0], str(configuration[1]), configuration[-1]]
+        shape = next(row.shape for row in rows if row.configuration == configuration)
+        cells = [configuration[0], str(configuration[1]), shape, configuration[-1]]
         found = {name: by_key.get((configuration, name)) for name in subjects}
         for row in found.values():
             if row is None or row.status in ("unsupported", "skipped"):

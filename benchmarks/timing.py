@@ -23,6 +23,8 @@ class CudaStopwatch:
     the device busy while the host enqueues, so that Python's launch latency stays out of the figure.
     """
 
+    how = "events around one call"
+
     def __init__(self, device: torch.device) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         self.flush = torch.empty(min(FLUSH_BYTES, total // 16), dtype=torch.uint8, device=device)
@@ -45,6 +47,8 @@ class CudaStopwatch:
 class WallStopwatch:
     """Wall-clock time of a call on the CPU."""
 
+    how = "wall clock of one call"
+
     def __call__(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
         begin = time.perf_counter()
         result = call()
@@ -66,6 +70,7 @@ class Entrant:
         leaves: q, k, v, dout in its layout.
         seconds: direction to the samples taken so far.
         failure: why it left the race, or "".
+        timed: direction to how a sample is taken, where it is not the stopwatch's own way.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Entrant:
     leaves: tuple[torch.Tensor, ...]
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failure: str = ""
+    timed: dict[str, str] = field(default_factory=dict)
 
     def lap(self, watch: CudaStopwatch | WallStopwatch, directions: tuple[str, ...]) -> dict[str, float]:
         """One forward, and one backward of it when wanted; seconds by direction."""
@@ -98,7 +104,7 @@ def race(
     gets one timed lap.
     """
     start = time.perf_counter()
-    racing = list(entrants)
+    racing = [entrant for entrant in entrants if not entrant.failure]
     for lap in range(warmup + rounds):
         late = time.perf_counter() - start > limit_seconds
         if late and lap > warmup:

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import check, masks, overheads, peers, report, run, timing
+from benchmarks import bench, check, masks, overheads, peers, report, run, timing
 from magi_attention.kernels.reference.dense import dense_attention, multiplicity
 
 TINY = [
@@ -132,7 +132,7 @@ def test_wrong_gradient_gets_no_number(measure):
 
 def test_error_at_the_full_size_alone_is_caught(measure):
     def spoil(out):
-        return out if len(out) <= run.SMALL_TOKENS["cpu"] else out.roll(1, dims=0)
+        return out if len(out) <= bench.SMALL_TOKENS["cpu"] else out.roll(1, dims=0)
 
     code, document = measure(
         ["--masks", "causal", "--tokens", "1024", "--subjects", "large", "--directions", "forward"],

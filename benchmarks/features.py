@@ -1,0 +1,165 @@
+"""What the features of a call cost: softcap, a sink, fp16, deterministic gradients, each against the plain call."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.ahead import together
+from benchmarks.bench import DTYPES, SMALL_TOKENS
+from benchmarks.check import sampled_rows
+from benchmarks.masks import Workload, workload
+from benchmarks.opinion import disagreements
+from benchmarks.peers import Run, first_line
+from benchmarks.replay import repeated
+from benchmarks.report import Report, Row, machine_state
+from benchmarks.timing import DIRECTIONS, Entrant, race, stopwatch, summary
+from magi_attention import attention
+from magi_attention.testing import Case, compare, random_case
+
+MASK, TOKENS, HEADS, HEAD_DIM = "causal", 16384, (32, 8), 128
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A feature of the call; ``directions`` are those that it may change."""
+
+    name: str
+    softcap: float = 0.0
+    num_sinks: int = 0
+    dtype: str | None = None
+    deterministic: bool = False
+    directions: tuple[str, ...] = DIRECTIONS
+
+
+VARIANTS = (
+    Variant("plain"),
+    Variant("softcap", softcap=30.0),
+    Variant("sink", num_sinks=1),
+    Variant("fp16", dtype="fp16"),
+    Variant("deterministic", deterministic=True, directions=("backward",)),
+)
+
+
+def _case(variant: Variant, work: Workload, dtype: str, device: torch.device, seed: int) -> Case:
+    generator = torch.Generator(device=device).manual_seed(seed + 1)
+    sink = torch.randn(variant.num_sinks, HEADS[0], generator=generator, device=device)
+    case = random_case(
+        work.mask,
+        heads=HEADS,
+        head_dim=HEAD_DIM,
+        dtype=DTYPES[variant.dtype or dtype],
+        device=device,
+        seed=seed,
+        sink=sink if variant.num_sinks else None,
+        softcap=variant.softcap,
+    )
+    return replace(case, dlse=None)
+
+
+def _fault(variant: Variant, case: Case, rows: list[int] | None, backend: str) -> str:
+    """What is wrong with the variant's result, or ""; ``rows`` as in ``compare``."""
+    result = compare(case, backend=backend, rows=rows)
+    if not result.ok:
+        broken = [f"{f.name} {f.ratio:.2f} of its bound {f.fault}" for f in result.figures if not f.ok]
+        return "error against fp64: " + ", ".join(broken)
+    if variant.deterministic:
+        return "; ".join(disagreements(case, result, backend, deterministic=True))
+    return ""
+
+
+def _small_fault(variant: Variant, tokens: int, backend: str, dtype: str, device: torch.device) -> str:
+    """The same of a small instance, in every row and gradient."""
+    work = workload(MASK, min(tokens, SMALL_TOKENS[device.type]))
+    return _fault(variant, _case(variant, work, dtype, device, seed=0), None, backend)
+
+
+def _run(variant: Variant, case: Case, backend: str) -> Run:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(
+            q,
+            k,
+            v,
+            case.mask,
+            sink=case.sink,
+            softcap=case.softcap,
+            deterministic=variant.deterministic,
+            backend=backend,
+        )[0]
+
+    return run
+
+
+def measure_features(
+    report: Report, backend: str, dtype: str, rounds: int, limit_seconds: float, shrink: int = 1
+) -> None:
+    """Rows of every variant, and as costs their speed over the plain call's, by direction."""
+    device = torch.device(report.arguments["device"])
+    work = workload(MASK, TOKENS // shrink)
+    watch = stopwatch(device)
+    if device.type == "cuda":
+        together([__file__, str(n), backend, dtype, device.type] for n in range(len(VARIANTS)))
+    rows: dict[tuple[str, str], Row] = {}
+    entrants: dict[str, Entrant] = {}
+    for variant in VARIANTS:
+        label = backend if variant.name == "plain" else f"{backend} {variant.name}"
+        shape = (work.name, work.tokens, *HEADS, HEAD_DIM, variant.dtype or dtype)
+        for direction in DIRECTIONS:
+            rows[variant.name, direction] = Row(*shape, direction, label, True, work.area)
+        try:
+            case = _case(variant, work, dtype, device, seed=0)
+            fault = _small_fault(variant, work.tokens, backend, dtype, device)
+            fault = fault or _fault(variant, case, sampled_rows(work, seed=0).tolist(), backend)
+            status, reason = ("wrong", fault) if fault else ("ok", "")
+        except Exception as error:
+            status, reason = "failed", first_line(error)
+        for direction in DIRECTIONS:
+            rows[variant.name, direction].status = status
+            rows[variant.name, direction].reason = reason
+        if status == "ok":
+            q, k, v = (x.detach().requires_grad_() for x in (case.q, case.k, case.v))
+            assert case.dout is not None
+            single = Entrant(label, _run(variant, case, backend), (q, k, v, case.dout))
+            entrants[variant.name] = repeated(single, DIRECTIONS, watch)
+    race(list(entrants.values()), watch, DIRECTIONS, rounds, limit_seconds, warmup=1)
+    report.states.append({"mask": work.name, "tokens": work.tokens, **machine_state(device)})
+    _record(report, rows, entrants)
+
+
+def _record(report: Report, rows: dict[tuple[str, str], Row], entrants: dict[str, Entrant]) -> None:
+    for (name, direction), row in rows.items():
+        entrant = entrants.get(name)
+        if entrant is None:
+            continue
+        if entrant.failure:
+            row.status, row.reason = "failed", entrant.failure
+        else:
+            row.timed = entrant.timed[direction]
+            row.fill(summary(entrant.seconds[direction]))
+    report.add(rows.values())
+    for variant in VARIANTS[1:]:
+        for direction in variant.directions:
+            with_it, without = rows[variant.name, direction], rows["plain", direction]
+            if with_it.status == without.status == "ok" and with_it.seconds and without.seconds:
+                report.add_cost(
+                    f"{variant.name} {direction}, speed over the plain call's",
+                    without.seconds / with_it.seconds,
+                )
+
+
+def _compile(variant: Variant, backend: str, dtype: str, device: torch.device) -> None:
+    """Leave in the disk cache what ``measure_features`` compiles for a variant."""
+    _small_fault(variant, TOKENS, backend, dtype, device)
+    case = _case(variant, workload(MASK, SMALL_TOKENS[device.type]), dtype, device, seed=0)
+    leaves = tuple(x.detach().requires_grad_() for x in (case.q, case.k, case.v))
+    torch.autograd.grad(_run(variant, case, backend)(*leaves), leaves, case.dout)
+
+
+if __name__ == "__main__":
+    _compile(VARIANTS[int(sys.argv[1])], sys.argv[2], sys.argv[3], torch.device(sys.argv[4]))

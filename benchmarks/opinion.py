@@ -1,0 +1,67 @@
+"""A call with other settings held against the default one, which has been held against fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from magi_attention import attention
+from magi_attention.testing import Case, Comparison
+
+
+def results(case: Case, backend: str, **settings: Any) -> dict[str, torch.Tensor]:
+    """out, lse and the gradients of one call, by the names that ``Comparison`` has for them."""
+    leaves = {"dq": case.q, "dk": case.k, "dv": case.v}
+    if case.sink is not None:
+        leaves["dsink"] = case.sink
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    out, meta = attention(
+        leaves["dq"],
+        leaves["dk"],
+        leaves["dv"],
+        case.mask,
+        sink=leaves.get("dsink"),
+        softmax_scale=case.softmax_scale,
+        softcap=case.softcap,
+        backend=backend,
+        **settings,
+    )
+    lse = meta.lse
+    assert lse is not None
+    pairs = [(x, g) for x, g in ((out, case.dout), (lse, case.dlse)) if g is not None]
+    found = {"out": out.detach(), "lse": lse.detach()}
+    if pairs:
+        outputs, gradients = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outputs, list(leaves.values()), gradients, allow_unused=True)
+        found |= {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    return found
+
+
+def disagreements(case: Case, comparison: Comparison, backend: str, **settings: Any) -> list[str]:
+    """What a call with ``settings`` returns that cannot be right if ``comparison`` is.
+
+    Both results may be as far from fp64 as the figure's bound, so their difference may be twice that.
+    """
+    plain, other = results(case, backend), results(case, backend, **settings)
+    found = []
+    for figure in comparison.figures:
+        if figure.name not in other:
+            continue
+        x, y = plain[figure.name].double(), other[figure.name].double()
+        finite = torch.isfinite(x)
+        if not torch.equal(finite, torch.isfinite(y)):
+            found.append(f"{figure.name}: infinities or NaN differ with {settings}")
+            continue
+        difference = (x - y)[finite]
+        sizes = (
+            (difference.abs().max().item(), difference.norm().item()) if difference.numel() else (0.0, 0.0)
+        )
+        if any(size > 2 * bound for size, bound in zip(sizes, figure.bound, strict=True)):
+            found.append(f"{figure.name}: {sizes[0]:.2e} from the default with {settings}")
+    return found
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Equality of bits: NaN equals itself, 0 differs from -0."""
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
