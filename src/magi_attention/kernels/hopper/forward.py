@@ -29,7 +29,7 @@ from magi_attention.kernels.hopper.primitives import (
     LN2,
     LOG2E,
     NAMED_BARRIERS,
-    WORDS,
+    any_in_warp,
     count_blocks,
     erase_rows,
     get_words,
@@ -42,6 +42,7 @@ from magi_attention.kernels.hopper.primitives import (
     raw_init,
     raw_wait,
     retire,
+    rounded,
     run_of,
     take_item,
     tanh,
@@ -59,6 +60,9 @@ ERASE_WORDS = gl.constexpr(512 + 128 + 64)
 CUT_ABOVE = gl.constexpr(1)
 CUT_BELOW = gl.constexpr(2)
 FAR = gl.constexpr(1 << 30)
+
+# Weights of a block may sum to this before the pivot moves: far from the largest fp16 number.
+LIMIT = gl.constexpr(4096.0)
 
 
 @gluon.jit
@@ -221,10 +225,39 @@ def pass_turn(W: gl.constexpr, NUM_WG: gl.constexpr):
 
 
 @gluon.jit
+def weigh(s, pivot, scale, cuts, HAS_MAX: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+    """Weights exp2(s * scale - pivot) of a whole block, their sums, and whether they must be computed anew.
+
+    The pivot may stay below the maximum: weights above one are as precise, so the running maximum is looked for, and the
+    accumulator rescaled, only when a row's sum outgrows LIMIT, when nothing was seen before (the pivot is -inf), in
+    partial blocks, or when the maximum itself is wanted.
+    """
+    slow = gl.to_tensor(1)
+    p = gl.zeros([64, s.shape[1]], dtype, layout)
+    sums = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
+    if not HAS_MAX:
+        if cuts == 0:
+            weights = gl.exp2(s * scale - pivot[:, None])
+            sums = gl.sum(weights, 1)
+            p = rounded(weights, dtype)
+            slow = any_in_warp(sums, LIMIT)
+    return p, sums, slow
+
+
+@gluon.jit
+def reweigh(s, pivot, scale, dtype: gl.constexpr):
+    """Weights against the maximum so far, their sums, what earlier weights fade by, and that maximum."""
+    peak = gl.maximum(pivot, gl.max(s, 1) * scale)
+    base = gl.where(peak == -float("inf"), 0.0, peak)
+    weights = gl.exp2(s * scale - base[:, None])
+    return rounded(weights, dtype), gl.sum(weights, 1), gl.exp2(pivot - base), peak
+
+
+@gluon.jit
 def attend(
-    q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, top, total, it, is_last, first_row, scale, cap_scale,
+    q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, is_last, first_row, scale, cap_scale,
     W: gl.constexpr, NUM_WG: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_MAX: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of block it + 1, product with V of block it."""
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
@@ -244,19 +277,20 @@ def attend(
     raw_arrive(raw + (K_FREE + next_stage) * 8)
     if SOFTCAP:
         s = tanh(s * cap_scale)
-    if cuts != 0:
-        s = hide(s, first_row, lo, hi, end, cuts, PACK, BLOCK_N, s_layout)
-    new_top = gl.maximum(top, gl.max(s, 1))
-    pivot = gl.where(new_top == -float("inf"), 0.0, new_top * scale)
-    p = gl.exp2(s * scale - pivot[:, None])
-    fade = gl.exp2(top * scale - pivot)
-    total = total * fade + gl.sum(p, 1)
+    p, sums, slow = weigh(s, pivot, scale, cuts, HAS_MAX, k_bufs.dtype, s_layout)
+    fade = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
+    if slow != 0:
+        if cuts != 0:
+            s = hide(s, first_row, lo, hi, end, cuts, PACK, BLOCK_N, s_layout)
+        p, sums, fade, pivot = reweigh(s, pivot, scale, k_bufs.dtype)
+    total = total * fade + sums
     mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=is_last == 0)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     raw_arrive(raw + (V_FREE + stage) * 8)
-    p_op = gl.convert_layout(p.to(k_bufs.dtype), p_layout)
-    acc = acc * gl.convert_layout(fade, rows_of_o)[:, None]
-    return p_op, acc, new_top, total
+    p_op = gl.convert_layout(p, p_layout)
+    if slow != 0:
+        acc = acc * gl.convert_layout(fade, rows_of_o)[:, None]
+    return p_op, acc, pivot, total
 
 
 @gluon.jit
@@ -303,19 +337,17 @@ def consumer(
             s = tanh(s * cap_scale)
         if cuts != 0:
             s = hide(s, first_row, lo, hi, end, cuts, PACK, BLOCK_N, s_layout)
-        top = gl.max(s, 1)
-        pivot = gl.where(top == -float("inf"), 0.0, top * scale)
-        p = gl.exp2(s * scale - pivot[:, None])
-        total = gl.sum(p, 1)
-        p_op = gl.convert_layout(p.to(k_bufs.dtype), p_layout)
+        nothing = gl.full([64], -float("inf"), gl.float32, rows_of_s)
+        p, total, fade, pivot = reweigh(s, nothing, scale, k_bufs.dtype)
+        p_op = gl.convert_layout(p, p_layout)
         acc = gl.zeros([64, D], gl.float32, o_layout)
 
         mbarrier.wait(k_full.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=num_blocks > 1)
         for b in range(1, num_blocks):
-            p_op, acc, top, total = attend(
-                q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, top, total, it,
+            p_op, acc, pivot, total = attend(
+                q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it,
                 (b + 1 == num_blocks).to(gl.int32), first_row, scale, cap_scale,
-                W, NUM_WG, PACK, D, BLOCK_N, STAGES, SOFTCAP, s_layout, o_layout,
+                W, NUM_WG, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, s_layout, o_layout,
             )  # fmt: skip
             it += 1
 
@@ -328,9 +360,8 @@ def consumer(
         row = first_row + packed // PACK
         live = row < row_end
         head_of_row = head + packed % PACK
-        peak = top * scale
         if HAS_MAX:
-            at_head = gl.where(live, peak * LN2, -float("inf"))
+            at_head = gl.where(live, pivot * LN2, -float("inf"))
             gl.atomic_max(
                 MAX_LOGITS + head_of_row, at_head, mask=live & (at_head > -float("inf")), sem="relaxed"
             )
@@ -341,15 +372,15 @@ def consumer(
                 + head_of_row.to(gl.int64) * stride_sh
             )
             sink = gl.load(SINK + at_sink, mask=live, other=-float("inf")) * LOG2E
-            new_peak = gl.maximum(peak, sink)
-            pivot = gl.where(new_peak == -float("inf"), 0.0, new_peak)
-            fade = gl.exp2(peak - pivot)
-            total = total * fade + gl.exp2(sink - pivot)
-            peak = new_peak
+            peak = gl.maximum(pivot, sink)
+            base = gl.where(peak == -float("inf"), 0.0, peak)
+            fade = gl.exp2(pivot - base)
+            total = total * fade + gl.exp2(sink - base)
+            pivot = peak
         else:
             fade = gl.full([64], 1.0, gl.float32, rows_of_s)
         seen = total > 0.0
-        lse = gl.where(seen, (peak + gl.log2(total)) * LN2, -float("inf"))
+        lse = gl.where(seen, (pivot + gl.log2(total)) * LN2, -float("inf"))
         at_lse = (batch.to(gl.int64) * num_rows + row) * num_heads + head_of_row
         gl.store(LSE + at_lse, lse, mask=live)
         weight = gl.convert_layout(gl.where(seen, fade / total, 0.0), rows_of_o)

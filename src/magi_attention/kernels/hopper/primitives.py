@@ -31,7 +31,8 @@ def named_arrive(barrier, THREADS: gl.constexpr):
 
 @gluon.jit
 def raw_base():
-    """Shared address of the static array. Once per kernel, before the partitions."""
+    """Shared address of the static array. Once per kernel, before the partitions; declares any_in_warp's predicate too."""
+    gl.inline_asm_elementwise(".reg .pred attn_any; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     return gl.inline_asm_elementwise("{ .shared .align 1024 .b64 attn_raw[128]; mov.u32 $0, attn_raw; }",
                                      "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
 
@@ -98,6 +99,24 @@ def get_words(address):
 
 
 @gluon.jit
+def any_in_warp(x, limit):
+    """1 when some element of ``x`` that this warp holds is above ``limit`` or NaN: a scalar that differs between warps.
+
+    A reduction to a scalar would go through shared memory and a barrier. What depends on the result must be work of
+    one warp, without barriers.
+    """
+    gl.inline_asm_elementwise("setp.ne.u32 attn_any, 0, 0; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
+                              pack=1)  # fmt: skip
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        setp.gtu.f32 p, $1, $2;
+        vote.sync.any.pred p, p, -1;
+        or.pred attn_any, attn_any, p;
+        mov.u32 $0, 0; }""", "=r,f,f", [x, limit], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+    return gl.inline_asm_elementwise("selp.b32 $0, 1, 0, attn_any;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def take_item(counter):
     """Next number of the work counter, the same in all lanes (call from a partition of one warp)."""
     return gl.inline_asm_elementwise("""{
@@ -133,6 +152,17 @@ def pinned(x):
 def opaque_next(x):
     """x + 1, opaque to LLVM: else it keeps a dozen derived addresses in registers."""
     return gl.inline_asm_elementwise("add.s32 $0, $1, 1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def rounded(x, dtype: gl.constexpr):
+    """fp32 to bf16 or fp16 here and now: LLVM would sink a plain conversion below a branch and keep twice the registers."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16,
+                                         is_pure=True, pack=2)  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16,
+                                         is_pure=True, pack=2)  # fmt: skip
 
 
 @gluon.jit
