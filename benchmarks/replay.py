@@ -26,9 +26,13 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Burst:
-    """``go()`` enqueues ``calls`` calls; ``how`` says in which way."""
+    """``go()`` enqueues ``calls`` calls of ``call``; ``how`` says in which way.
+
+    A captured graph reads the tensors of ``call`` but does not hold them: the burst does.
+    """
 
     go: Call
+    call: Call
     calls: int
     how: str
 
@@ -87,7 +91,7 @@ def burst_of(call: Call, stream: torch.cuda.Stream | None, watch: CudaStopwatch 
     """Calls it until warm, and decides how many calls a sample has. ``stream`` is current."""
     call()
     if stream is None:
-        return Burst(call, 1, WallStopwatch.how)
+        return Burst(call, call, 1, WallStopwatch.how)
     seconds = watch(call)[1]()
     calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
     stream.synchronize()
@@ -99,7 +103,7 @@ def burst_of(call: Call, stream: torch.cuda.Stream | None, watch: CudaStopwatch 
     except Exception as error:  # what cannot be captured fails in as many ways as there are libraries
         torch.cuda.synchronize()
         return _queued(call, calls, first_line(error))
-    return Burst(graph.replay, calls, f"graph replay, {calls} calls")
+    return Burst(graph.replay, call, calls, f"graph replay, {calls} calls")
 
 
 def _queued(call: Call, calls: int, reason: str) -> Burst:
@@ -107,4 +111,4 @@ def _queued(call: Call, calls: int, reason: str) -> Burst:
         for _ in range(calls):
             call()
 
-    return Burst(go, calls, f"{calls} queued calls (no capture: {reason})")
+    return Burst(go, call, calls, f"{calls} queued calls (no capture: {reason})")

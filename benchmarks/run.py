@@ -30,7 +30,6 @@ from benchmarks.report import Report, environment, print_table, ratios
 from benchmarks.timing import DIRECTIONS
 
 PROFILES = ("cpu", "h200", "plan", *hopper.PROFILES, "hopper-features", "hopper-launch")
-ONLY_CPU, ONLY_GPU = ("cpu",), ("h200",)
 
 
 def grid(args: argparse.Namespace) -> list[Configuration]:
@@ -132,8 +131,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _fill_defaults(args: argparse.Namespace) -> None:
     profile = args.profile or ""
-    fixed = {**dict.fromkeys(ONLY_CPU, "cpu"), **dict.fromkeys(ONLY_GPU, "cuda")}
-    args.device = args.device or fixed.get(profile, "cuda" if torch.cuda.is_available() else "cpu")
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = args.device or {"cpu": "cpu", "h200": "cuda"}.get(profile, available)
     on_gpu = args.device == "cuda"
     is_hopper = profile.startswith("hopper-")
     args.limited = {name: getattr(args, name) for name in ("masks", "tokens") if getattr(args, name)}

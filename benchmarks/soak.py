@@ -96,7 +96,7 @@ class Watchdog:
     def over(self, seed: int, times: float = 1.0) -> Iterator[None]:
         """Watch one case, for ``times`` as long as usual."""
         self._seed, self._until = seed, time.monotonic() + self.seconds * times
-        faulthandler.dump_traceback_later(self.seconds * times + 20, exit=True)
+        faulthandler.dump_traceback_later(self.seconds * times + 20, exit=True, file=sys.__stderr__)
         try:
             yield
         finally:
@@ -108,7 +108,7 @@ class Watchdog:
             time.sleep(0.2)
             if time.monotonic() > self._until:
                 print(f"HANG seed {self._seed}", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(all_threads=True)
+                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                 os._exit(HUNG)
 
 
