@@ -70,7 +70,7 @@ def _fault(variant: Variant, case: Case, rows: list[int] | None, backend: str) -
         broken = [f"{f.name} {f.ratio:.2f} of its bound {f.fault}" for f in result.figures if not f.ok]
         return "error against fp64: " + ", ".join(broken)
     if variant.deterministic:
-        return "; ".join(disagreements(case, result, backend, deterministic=True))
+        return "; ".join(disagreements(case, result, backend, rows, deterministic=True))
     return ""
 
 

@@ -50,7 +50,7 @@ print(json.dumps(marks))
 
 
 def _queued_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Host seconds of one of ``CALLS`` calls queued in a row; the smallest of a few series is the undisturbed one."""
+    """Host seconds of one of ``CALLS`` calls queued in a row; the median of a few series."""
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     series = []
     for _ in range(REPEATS + 1):  # the first is warm-up

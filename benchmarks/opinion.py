@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,10 +39,15 @@ def results(case: Case, backend: str, **settings: Any) -> dict[str, torch.Tensor
     return found
 
 
-def disagreements(case: Case, comparison: Comparison, backend: str, **settings: Any) -> list[str]:
+def disagreements(
+    case: Case, comparison: Comparison, backend: str, rows: Sequence[int] | None = None, **settings: Any
+) -> list[str]:
     """What a call with ``settings`` returns that cannot be right if ``comparison`` is.
 
     Both results may be as far from fp64 as the figure's bound, so their difference may be twice that.
+
+    Args:
+        rows: those that ``comparison`` was restricted to, as in ``compare``.
     """
     plain, other = results(case, backend), results(case, backend, **settings)
     found = []
@@ -49,6 +55,9 @@ def disagreements(case: Case, comparison: Comparison, backend: str, **settings: 
         if figure.name not in other:
             continue
         x, y = plain[figure.name].double(), other[figure.name].double()
+        if rows is not None:
+            at = torch.as_tensor(rows, device=x.device)
+            x, y = (value.index_select(-3 + (figure.name == "lse"), at) for value in (x, y))
         finite = torch.isfinite(x)
         if not torch.equal(finite, torch.isfinite(y)):
             found.append(f"{figure.name}: infinities or NaN differ with {settings}")

@@ -123,12 +123,13 @@ def _prepare_boolmask(work: Workload, device: torch.device) -> Run:
 
 
 def _prepare_flex(work: Workload, device: torch.device) -> Run:
+    import torch._functorch.config as functorch_settings
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # Every mask is its own graph: without a reset the recompilation limit sends later ones to the eager path.
     torch._dynamo.reset()
     # Bursts repeat the backward of one forward: its saved tensors must not be given away as scratch memory.
-    torch._functorch.config.donated_buffer = False
+    functorch_settings.donated_buffer = False
     mask_mod = work.mask_mod(device)
     block_mask = None
     if mask_mod is not None:

@@ -93,10 +93,10 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
 
     @contextlib.contextmanager
-    def over(self, seed: int, times: float = 1.0) -> Iterator[None]:
-        """Watch one case, for ``times`` as long as usual."""
-        self._seed, self._until = seed, time.monotonic() + self.seconds * times
-        faulthandler.dump_traceback_later(self.seconds * times + 20, exit=True, file=sys.__stderr__)
+    def over(self, seed: int) -> Iterator[None]:
+        """Watch one case."""
+        self._seed, self._until = seed, time.monotonic() + self.seconds
+        faulthandler.dump_traceback_later(self.seconds + 20, exit=True, file=sys.__stderr__)
         try:
             yield
         finally:
@@ -264,7 +264,7 @@ def soak(args: argparse.Namespace) -> int:
         if time.monotonic() - begin > args.seconds:
             print(f"out of time after {count - 1} of {len(seeds)} cases", flush=True)
             break
-        with watchdog.over(seed, times=args.repeats if args.repeat else 1):
+        with watchdog.over(seed):
             _try(seed, device, args, tally)
         if count % 500 == 0:
             print(

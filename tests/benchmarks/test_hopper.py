@@ -235,6 +235,23 @@ def test_disagreement_is_more_than_both_bounds(monkeypatch):
     assert len(found) == 1 and found[0].startswith("dk")
 
 
+def test_disagreement_in_rows_that_were_not_compared_is_not_judged(monkeypatch):
+    case = random_case(Mask.causal(40), dtype=torch.bfloat16)
+    figures = compare(case, backend="blockwise", rows=[3, 30])
+    true = opinion.results
+
+    def spoiled(case, backend, **settings):
+        found = true(case, backend, **settings)
+        if settings:
+            found["out"][5] += 1
+        return found
+
+    monkeypatch.setattr(opinion, "results", spoiled)
+    assert opinion.disagreements(case, figures, "blockwise", [3, 30], deterministic=True) == []
+    figures = compare(case, backend="blockwise", rows=[3, 5])
+    assert len(opinion.disagreements(case, figures, "blockwise", [3, 5], deterministic=True)) == 1
+
+
 def test_bits_tell_zero_from_minus_zero_and_nan_is_itself():
     nan = torch.tensor([float("nan"), 0.0])
     assert opinion.same_bits(nan, nan.clone())
