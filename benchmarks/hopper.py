@@ -36,9 +36,6 @@ PROFILES: dict[str, tuple[str, ...]] = {
 }
 """The subjects of each profile unless the command line names others; the first is the one that is judged."""
 
-# Rows that a program of the K/V-owning backward holds, and query rows a step, where no table says otherwise.
-_BACKWARD_TILE = (128, 64)
-
 
 def configurations(
     profile: str, subjects: Sequence[str], rounds: int, limit_seconds: float, dtype: str, shrink: int = 1
@@ -88,11 +85,16 @@ def rounded_area(bands: Bands, num_rows: int, block_rows: int, block_cols: int) 
 
 
 def tile_of(direction: str, head_dim: int, group: int) -> tuple[int, int]:
-    """(block_rows, block_cols) in tokens of the Hopper kernel of ``direction``; the backward's rows are keys."""
+    """(block_rows, block_cols) in tokens of the Hopper kernel of ``direction``; the backward's rows are keys.
+
+    Heads of a group that share a tile leave room for fewer tokens of the queries.
+    """
+    pack = tiling.packed_heads(group)
     if direction == "backward":
-        return _BACKWARD_TILE
-    tile = tiling.hopper_forward_tile(head_dim)
-    return tile.block_rows(tiling.packed_heads(group)), tile.block_cols
+        backward = tiling.hopper_backward_tile(head_dim)
+        return backward.block_keys, backward.block_queries // pack
+    forward = tiling.hopper_forward_tile(head_dim)
+    return forward.block_rows(pack), forward.block_cols
 
 
 def efficiency(mask: str, tokens: int, direction: str, block_rows: int, block_cols: int) -> float:
