@@ -99,6 +99,38 @@ def hopper_forward_tile(head_dim: int) -> HopperForwardTile:
     return _HOPPER_FORWARD[min(size for size in _HOPPER_FORWARD if size >= head_dim)]
 
 
+@dataclass(frozen=True)
+class HopperBackwardTile:
+    """Tile of the Hopper backward: two warpgroups own ``block_keys`` keys and walk ``block_queries`` rows a step.
+
+    A row is one query head of one token, as in the forward. The registers are those of a consumer's and of a
+    producer's thread.
+    """
+
+    block_keys: int
+    block_queries: int
+    q_stages: int
+    do_stages: int
+    consumer_registers: int
+    producer_registers: int
+
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread at launch."""
+        return (2 * self.consumer_registers + self.producer_registers) // 3
+
+
+_HOPPER_BACKWARD = {
+    64: HopperBackwardTile(128, 128, 3, 2, 240, 24),
+    128: HopperBackwardTile(128, 64, 3, 2, 240, 24),
+}
+
+
+def hopper_backward_tile(head_dim: int) -> HopperBackwardTile:
+    """Tile of the Hopper backward for a head dimension of at most 128."""
+    return _HOPPER_BACKWARD[min(size for size in _HOPPER_BACKWARD if size >= head_dim)]
+
+
 def packed_heads(group: int, most: int = 16) -> int:
     """Query heads of a K/V head that share a tile: the largest power of two that divides ``group``."""
     return min(group & -group, most)

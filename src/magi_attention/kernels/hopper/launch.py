@@ -5,16 +5,21 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 
+from magi_attention.kernels.hopper.backward import backward_kernel
 from magi_attention.kernels.hopper.compat import TensorDescriptor, gl
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.operands import ALIGN, aligned, optional, strides, wave
 from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.triton import launch as portable
+from magi_attention.kernels.triton.backward import delta_kernel, scale_dq_kernel
 from magi_attention.plan.cache import PlanKey, plan_cache
-from magi_attention.plan.tiling import hopper_forward_tile, packed_heads
+from magi_attention.plan.tiling import hopper_backward_tile, hopper_forward_tile, packed_heads
 
 _LOG2E = 1.4426950408889634
+_DELTA_ROWS = 64
+_DQ_ROWS = 64
 
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,7 +63,70 @@ def backward(
     problem: Problem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
-    return portable.backward(problem, out, lse, dout, dlse)
+    head_dim = problem.q.shape[3]
+    # dQ is summed in the order of arrival here; the portable kernels own every row that they write.
+    if _has_no_tokens(problem) or problem.deterministic or head_dim > 128:
+        return portable.backward(problem, out, lse, dout, dlse)
+    q, k, v, dout = (_readable(x) for x in (problem.q, problem.k, problem.v, dout))
+    batch, num_rows, num_heads, _ = q.shape
+    num_cols, num_kv_heads = k.shape[1:3]
+    group = num_heads // num_kv_heads
+    pack = packed_heads(group)
+    tile = hopper_backward_tile(head_dim)
+    lse2, delta, dsink = _row_statistics(problem, out, lse, dout, dlse, pack)
+    dq_sum = torch.zeros(batch * num_heads * num_rows, head_dim, dtype=torch.float32, device=q.device)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    key = PlanKey(num_rows, num_cols, tile.block_keys, tile.block_queries // pack, True, q.device)
+    plan = plan_cache.plan_for(problem.bands, key)
+    dim = _padded(head_dim)
+    rows, keys, half = (
+        [1, tile.block_queries // pack, pack, dim],
+        [1, tile.block_keys, 1, dim],
+        [1, 64, 1, dim],
+    )
+    scale, cap_scale = _scales(problem)
+    grid = min(plan.num_tiles * batch * num_kv_heads, _num_programs(q.device, problem.sm_margin))
+    backward_kernel[(grid,)](
+        _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, rows),
+        _descriptor(lse2.view(-1), [tile.block_queries]), _descriptor(delta.view(-1), [tile.block_queries]), _descriptor(dq_sum, [64, 64]),
+        _descriptor(dk, half), _descriptor(dv, half), dk, *strides(dk), dv, *strides(dv),
+        plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * num_kv_heads,
+        num_kv_heads, group // pack, wave(q, dout, num_kv_heads), num_rows, num_cols,
+        lse2.shape[1], scale, cap_scale, problem.softmax_scale,
+        PACK=pack, D=dim, HEAD_DIM=head_dim, BLOCK_Q=tile.block_queries, Q_STAGES=tile.q_stages,
+        DO_STAGES=tile.do_stages, SOFTCAP=problem.softcap > 0,
+        CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
+        num_warps=4, maxnreg=tile.max_registers,
+    )  # fmt: skip
+    dq = torch.empty_like(q)
+    scale_dq_kernel[(triton.cdiv(num_rows, _DQ_ROWS) * num_heads, batch)](
+        dq_sum, dq, *strides(dq), num_rows, num_heads, problem.softmax_scale,
+        PACK=pack, D=head_dim, BLOCK_M=_DQ_ROWS, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+    )  # fmt: skip
+    return dq, dk, dv, dsink
+
+
+def _row_statistics(
+    problem: Problem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    pack: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-lse in units of log2 and -delta, each (copies, B * H / pack * T * pack and a little more), and dsink."""
+    batch, num_rows, num_heads, head_dim = problem.q.shape
+    sink = problem.sink
+    copies, stride = max(1, 4 // pack), triton.cdiv(lse.numel(), 4) * 4
+    lse2, delta = (lse.new_empty(copies, stride) for _ in range(2))
+    dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
+    delta_kernel[(triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)](
+        out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
+        lse, dsink, lse2, delta, stride, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
+        SHIFTED=True, PACK=pack, DV=head_dim, BLOCK_M=_DELTA_ROWS, BLOCK_DV=triton.next_power_of_2(head_dim),
+        num_warps=4,
+    )  # fmt: skip
+    return lse2, delta, dsink
 
 
 def _has_no_tokens(problem: Problem) -> bool:
@@ -91,7 +159,8 @@ def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 @functools.cache
 def _layout(rank: int, element_size: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * element_size, rank=rank)
+    swizzle = 128 if rank > 1 else 0
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * element_size, rank=rank)
 
 
 @functools.cache

@@ -32,7 +32,9 @@ def named_arrive(barrier, THREADS: gl.constexpr):
 @gluon.jit
 def raw_base():
     """Shared address of the static array. Once per kernel, before the partitions; declares any_in_warp's predicate too."""
-    gl.inline_asm_elementwise(".reg .pred attn_any; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(
+        ".reg .pred attn_any; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
     return gl.inline_asm_elementwise("{ .shared .align 1024 .b64 attn_raw[128]; mov.u32 $0, attn_raw; }",
                                      "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
 
@@ -99,6 +101,14 @@ def get_words(address):
 
 
 @gluon.jit
+def get_word(address):
+    """Read one word of a message."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def any_in_warp(x, limit):
     """1 when some element of ``x`` that this warp holds is above ``limit`` or NaN: a scalar that differs between warps.
 
@@ -113,7 +123,9 @@ def any_in_warp(x, limit):
         vote.sync.any.pred p, p, -1;
         or.pred attn_any, attn_any, p;
         mov.u32 $0, 0; }""", "=r,f,f", [x, limit], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
-    return gl.inline_asm_elementwise("selp.b32 $0, 1, 0, attn_any;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(
+        "selp.b32 $0, 1, 0, attn_any;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

@@ -30,17 +30,20 @@ from magi_attention.kernels.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
+@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "copy_stride"])
 def delta_kernel(
     OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,
     DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
     SINK, stride_sb: tl.int64, stride_st: tl.int64, stride_sh: tl.int64,
     DLSE, stride_lb: tl.int64, stride_lt: tl.int64, stride_lh: tl.int64,
     LSE, DSINK,  # fp32 (B, T, H), contiguous
-    LSE2, DELTA,  # fp32 (B, H, T), contiguous: what the gradient kernels read, lse in units of log2
-    num_rows, num_heads,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    LSE2, DELTA,  # fp32 (B, H / PACK, T, PACK), contiguous: what the gradient kernels read, lse in units of log2
+    copy_stride, num_rows, num_heads,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, SHIFTED: tl.constexpr, PACK: tl.constexpr,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
+    """SHIFTED stores what the copy engine wants: -lse (-inf for a row that sees nothing: its weights become 0) and -delta,
+    in copies ``copy_stride`` apart, copy n shifted to the front by n * PACK, for every shift below 16 bytes."""
     # Heads of the same rows run together: their memory is contiguous.
     head, batch = tl.program_id(0) % num_heads, tl.program_id(1)
     first_row = tl.program_id(0) // num_heads * BLOCK_M
@@ -61,9 +64,16 @@ def delta_kernel(
     lse = tl.load(LSE + at, mask=live, other=float("-inf"))
     blind = lse == float("-inf")
     delta = tl.where(blind, 0.0, delta)
-    at_stats = (batch.to(tl.int64) * num_heads + head) * num_rows + rows
-    tl.store(DELTA + at_stats, delta, mask=live)
-    tl.store(LSE2 + at_stats, lse * LOG2E, mask=live)
+    unit = batch.to(tl.int64) * (num_heads // PACK) + head // PACK
+    at_stats = (unit * num_rows + rows) * PACK + head % PACK
+    if SHIFTED:
+        for shift in tl.static_range(0, 4, PACK):
+            at_copy = at_stats - shift + shift // PACK * copy_stride.to(tl.int64)
+            tl.store(DELTA + at_copy, -delta, mask=live & (at_stats >= shift))
+            tl.store(LSE2 + at_copy, tl.where(blind, lse, -lse * LOG2E), mask=live & (at_stats >= shift))
+    else:
+        tl.store(DELTA + at_stats, delta, mask=live)
+        tl.store(LSE2 + at_stats, lse * LOG2E, mask=live)
     if HAS_SINK:
         at_sink = SINK + batch.to(tl.int64) * stride_sb + rows.to(tl.int64) * stride_st + head * stride_sh
         sink = tl.load(at_sink, mask=live, other=float("-inf"))
@@ -312,3 +322,22 @@ def dkdv_kernel(
         head_of(DV_OUT, batch, kv_head, stride_dvb, stride_dvh), key_begin, stride_dvt, BLOCK_N, dims_v
     )
     tl.store(out, dv.to(DV_OUT.dtype.element_ty), mask=live[:, None] & (dims_v < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def scale_dq_kernel(
+    DQ_SUM,  # fp32 (B, H / PACK, T, PACK, D), contiguous
+    DQ, stride_db: tl.int64, stride_dt: tl.int32, stride_dh: tl.int64,
+    num_rows, num_heads, scale: tl.float32,
+    PACK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq of 64 rows of a head from the sums of unscaled ds k."""
+    head, batch = tl.program_id(0) % num_heads, tl.program_id(1)
+    first_row = tl.program_id(0) // num_heads * BLOCK_M
+    rows, dims = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    inside = (rows < num_rows)[:, None] & (dims < D)[None, :]
+    unit = batch.to(tl.int64) * (num_heads // PACK) + head // PACK
+    at_sum = (unit * num_rows + rows) * PACK + head % PACK
+    dq = tl.load(DQ_SUM + at_sum[:, None] * D + dims[None, :], mask=inside, other=0.0) * scale
+    at = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), first_row, stride_dt, BLOCK_M, dims)
+    tl.store(at, dq.to(DQ.dtype.element_ty), mask=inside)

@@ -1,0 +1,550 @@
+"""Backward on Hopper: one program owns 128 keys, walks the queries that see them, and adds to dQ through the copy engine.
+
+    S^T = K Q^T    P^T = exp2(S^T scale - lse)    dP^T = V dO^T - delta    dS^T = P^T dP^T
+    dV += P^T dO   dK += dS^T Q                   dQ   += dS K
+
+Two consumer warpgroups own 64 keys each and keep dK and dV in registers. dS goes through shared memory, because each
+warpgroup computes one half of dQ from all 128 keys; that product is taken one block late, so the warpgroups may drift
+apart by a block and one computes exponentials while the other multiplies. A writer warp reduces dQ into an fp32
+buffer in global memory. A producer warp pulls tiles off a work counter and feeds K, V and the Q, dO rings; an eraser warp
+zeroes rows beyond a run. The query heads of a K/V head are walked inside a tile: dK and dV need no atomics.
+
+Tiles and runs are those of the transposed mask: a tile's rows are keys, a run's columns queries. PACK query heads share a
+Q block: its BLOCK_Q rows are BLOCK_Q / PACK tokens x PACK heads. Row statistics (-lse in units of log2, -delta) and the
+fp32 dQ are laid out (batch, unit, token, PACK), so that a block is one contiguous piece. The copy engine reads a vector
+from 16-byte steps only, and a run may begin anywhere: the statistics come in copies, shifted against each other.
+"""
+
+from __future__ import annotations
+
+from magi_attention.kernels.hopper.compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_add,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from magi_attention.kernels.hopper.primitives import (
+    NAMED_BARRIERS,
+    count_blocks,
+    erase_rows,
+    get_word,
+    get_words,
+    locate,
+    named_arrive,
+    named_sync,
+    opaque_next,
+    pinned,
+    put_words,
+    raw_arrive,
+    raw_arrive_released,
+    raw_base,
+    raw_init,
+    raw_wait,
+    retire,
+    run_of,
+    take_item,
+    tanh,
+)
+
+BLOCK_K = gl.constexpr(128)
+
+# Raw barriers.
+KV_FREE = gl.constexpr(0)
+Q_FREE = gl.constexpr(4)
+DO_FREE = gl.constexpr(8)
+DQ_FULL = gl.constexpr(12)
+DQ_FREE = gl.constexpr(14)
+DS_FULL = gl.constexpr(16)
+DS_FREE = gl.constexpr(18)
+TILE_FULL = gl.constexpr(20)
+TILE_FREE = gl.constexpr(22)
+# Named barriers: both consumers together, and the second one's start.
+TOGETHER = gl.constexpr(8)
+STAGGER = gl.constexpr(9)
+# Messages: tile (32 bytes a slot), Q block (16 a stage), rows to erase (16 a slot), where dQ goes (16 a slot).
+TILE_WORDS = gl.constexpr(512)
+BLOCK_WORDS = gl.constexpr(512 + 64)
+ERASE_WORDS = gl.constexpr(512 + 128)
+DQ_WORDS = gl.constexpr(512 + 256)
+ERASE_SLOTS = gl.constexpr(8)
+DQ_SLOTS = gl.constexpr(16)
+# What to erase.
+ERASE_K = gl.constexpr(0)
+ERASE_V = gl.constexpr(1)
+ERASE_Q = gl.constexpr(2)
+ERASE_DO = gl.constexpr(3)
+
+CUT_ABOVE = gl.constexpr(1)
+CUT_BELOW = gl.constexpr(2)
+CUT_ROWS = gl.constexpr(4)
+
+
+@gluon.jit
+def send_q(
+    Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch, head, column, live, stats_row, it,
+    erased, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    stage = it % STAGES
+    nbytes: gl.constexpr = Q_DESC.block_type.nbytes + 2 * LSE_DESC.block_type.nbytes
+    if live < BLOCK_Q:
+        slot = erased % ERASE_SLOTS
+        put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, live, 0)
+        mbarrier.expect(dirty.index(slot), nbytes)
+        tma_load(Q_DESC, [batch, column, head, 0], dirty.index(slot), q_bufs.index(stage))
+        tma_load(LSE_DESC, [stats_row], dirty.index(slot), lse_bufs.index(stage))
+        tma_load(DELTA_DESC, [stats_row], dirty.index(slot), delta_bufs.index(stage))
+        erased += 1
+    else:
+        mbarrier.expect(q_full.index(stage), nbytes)
+        tma_load(Q_DESC, [batch, column, head, 0], q_full.index(stage), q_bufs.index(stage))
+        tma_load(LSE_DESC, [stats_row], q_full.index(stage), lse_bufs.index(stage))
+        tma_load(DELTA_DESC, [stats_row], q_full.index(stage), delta_bufs.index(stage))
+    return erased
+
+
+@gluon.jit
+def send_operand(DESC, bufs, full, dirty, raw, batch, first, head, live, stage, erased,
+                 KIND: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+    """Load ROWS rows, by way of the eraser when only ``live`` of them belong to the tile or the run."""
+    if live < ROWS:
+        slot = erased % ERASE_SLOTS
+        put_words(raw + ERASE_WORDS + slot * 16, KIND, stage, live, 0)
+        mbarrier.expect(dirty.index(slot), DESC.block_type.nbytes)
+        tma_load(DESC, [batch, first, head, 0], dirty.index(slot), bufs.index(stage))
+        erased += 1
+    else:
+        mbarrier.expect(full.index(stage), DESC.block_type.nbytes)
+        tma_load(DESC, [batch, first, head, 0], full.index(stage), bufs.index(stage))
+    return erased
+
+
+@gluon.jit
+def producer(
+    Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
+    k_full, v_full, q_full, do_full, dirty, raw,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, num_queries, num_keys, stats_stride,
+    PACK: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    TOKENS: gl.constexpr = BLOCK_Q // PACK
+    it = 0
+    erased = 0
+    tiles_sent = 0
+    kv_phase = 1
+    item = gl.program_id(0)
+    while item < num_tiles * num_heads_kv:
+        next_item = take_item(COUNTER) + gl.num_programs(0)
+        tile, kv_head = locate(item, num_tiles, num_heads_kv, wave)
+        row_begin, row_end = gl.load(TILES + 4 * tile), gl.load(TILES + 4 * tile + 1)
+        list_begin, list_count = gl.load(TILES + 4 * tile + 2), gl.load(TILES + 4 * tile + 3)
+        if row_begin < row_end:
+            batch = kv_head // heads_per_batch
+            kv_head = kv_head % heads_per_batch
+            num_blocks = count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, TOKENS)
+            slot = tiles_sent & 1
+            raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles_sent >> 1) & 1) ^ 1)
+            put_words(raw + TILE_WORDS + slot * 32, num_blocks * units_per_kv, row_begin, row_end, 0)
+            put_words(raw + TILE_WORDS + slot * 32 + 16, batch, kv_head, 0, 0)
+            raw_arrive(raw + (TILE_FULL + slot) * 8)
+            tiles_sent += 1
+            if num_blocks > 0:
+                raw_wait(raw + KV_FREE * 8, kv_phase)
+                kv_phase ^= 1
+                # Beyond the tensor the copy engine fills with zeros.
+                live_keys = gl.where(row_end < num_keys, row_end - row_begin, BLOCK_K)
+                erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, live_keys, 0, erased,
+                                      ERASE_K, BLOCK_K)  # fmt: skip
+                started = 0
+                rows_cut = gl.where(row_end - row_begin < BLOCK_K, CUT_ROWS, 0)
+                for sub in range(0, units_per_kv):
+                    unit = kv_head * units_per_kv + sub
+                    unit_row = (batch * heads_per_batch * units_per_kv + unit) * num_queries
+                    for at in range(list_begin, list_begin + list_count):
+                        first, last, run_blocks, all_from, all_to, lo, hi = run_of(
+                            BANDS, gl.load(BAND_LIST + at), row_begin, row_end, TOKENS
+                        )
+                        # Tiles that see the same queries begin at different ones: their sums meet less often.
+                        b = (gl.maximum(row_begin - first, 0) // TOKENS) % gl.maximum(run_blocks, 1)
+                        for step in range(0, run_blocks):
+                            column = first + b * TOKENS
+                            cuts = gl.where(column + TOKENS > all_to, CUT_ABOVE, 0) + rows_cut
+                            cuts += gl.where(column < all_from, CUT_BELOW, 0)
+                            live = (last - column) * PACK
+                            dq_row = (unit_row + column) * PACK
+                            # The engine reads from 16-byte steps: the copy whose step begins at this row.
+                            shift = dq_row & 3
+                            stats_row = shift // PACK * stats_stride + dq_row - shift
+                            stage = it % Q_STAGES
+                            raw_wait(raw + (Q_FREE + stage) * 8, ((it // Q_STAGES) & 1) ^ 1)
+                            put_words(
+                                raw + BLOCK_WORDS + stage * 16,
+                                lo - column,
+                                hi - column,
+                                last - 1 - column,
+                                cuts,
+                            )
+                            put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, dq_row, 0, 0, 0)
+                            erased = send_q(Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw,
+                                            batch, unit * PACK, column, live, stats_row, it, erased, BLOCK_Q, Q_STAGES)  # fmt: skip
+                            if started == 0:
+                                erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head,
+                                                      live_keys, 0, erased, ERASE_V, BLOCK_K)  # fmt: skip
+                                started = 1
+                            stage = it % DO_STAGES
+                            raw_wait(raw + (DO_FREE + stage) * 8, ((it // DO_STAGES) & 1) ^ 1)
+                            erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, live,
+                                                  stage, erased, ERASE_DO, BLOCK_Q)  # fmt: skip
+                            it += 1
+                            b += 1
+                            b = gl.where(b == run_blocks, 0, b)
+        item = next_item
+    slot = tiles_sent & 1
+    raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles_sent >> 1) & 1) ^ 1)
+    put_words(raw + TILE_WORDS + slot * 32, -1, 0, 0, 0)
+    put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, -1, 0, 0, 0)
+    raw_arrive(raw + (TILE_FULL + slot) * 8)
+    # The eraser's last message: every earlier one has been read once all operands are consumed.
+    raw_wait(raw + KV_FREE * 8, kv_phase)
+    put_words(raw + ERASE_WORDS + (erased % ERASE_SLOTS) * 16, -1, 0, 0, 0)
+    mbarrier.arrive(dirty.index(erased % ERASE_SLOTS), count=1)
+    retire(COUNTER, gl.num_programs(0))
+
+
+@gluon.jit
+def eraser(
+    k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Zero operand rows beyond their tile or run, between their arrival and their announcement to the consumers.
+
+    All four operands and delta: a weight of zero times NaN would be NaN.
+    """
+    HALVES: gl.constexpr = D // 64
+    Q_GROUPS: gl.constexpr = BLOCK_Q // 8 * HALVES
+    part: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_groups = k_bufs._reinterpret(k_bufs.dtype, [BLOCK_K // 8 * HALVES, 8, 64], part)
+    v_groups = v_bufs._reinterpret(v_bufs.dtype, [BLOCK_K // 8 * HALVES, 8, 64], part)
+    q_groups = q_bufs._reinterpret(q_bufs.dtype, [Q_STAGES * Q_GROUPS, 8, 64], part)
+    do_groups = do_bufs._reinterpret(do_bufs.dtype, [DO_STAGES * Q_GROUPS, 8, 64], part)
+    done = 0
+    kind = 0
+    while kind >= 0:
+        slot = done % ERASE_SLOTS
+        mbarrier.wait(dirty.index(slot), (done // ERASE_SLOTS) & 1)
+        kind, stage, live, unused = get_words(raw + ERASE_WORDS + slot * 16)
+        if kind == ERASE_K:
+            erase_rows(k_groups, 0, live, BLOCK_K, HALVES)
+            fence_async_shared()
+            mbarrier.arrive(k_full.index(0), count=1)
+        if kind == ERASE_V:
+            erase_rows(v_groups, 0, live, BLOCK_K, HALVES)
+            fence_async_shared()
+            mbarrier.arrive(v_full.index(0), count=1)
+        if kind == ERASE_Q:
+            erase_rows(q_groups, stage * Q_GROUPS, live, BLOCK_Q, HALVES)
+            line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+            delta = delta_bufs.index(stage).load(line)
+            delta_bufs.index(stage).store(gl.where(gl.arange(0, BLOCK_Q, layout=line) < live, delta, 0.0))
+            fence_async_shared()
+            mbarrier.arrive(q_full.index(stage), count=1)
+        if kind == ERASE_DO:
+            erase_rows(do_groups, stage * Q_GROUPS, live, BLOCK_Q, HALVES)
+            fence_async_shared()
+            mbarrier.arrive(do_full.index(stage), count=1)
+        done += 1
+
+
+@gluon.jit
+def dq_writer(DQ_DESC, dq_bufs, raw, D: gl.constexpr):
+    """Reduce the two staged halves of each dQ block into global memory."""
+    ROW_STEP: gl.constexpr = 0 if D > 64 else 64
+    COLUMN_STEP: gl.constexpr = 64 if D > 64 else 0
+    it = 0
+    row = 0
+    while row >= 0:
+        raw_wait(raw + DQ_FULL * 8, it & 1)
+        row, unused, unused_2, unused_3 = get_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16)
+        if row >= 0:
+            tma_add(DQ_DESC, [row, 0], dq_bufs.index(0))
+            raw_wait(raw + (DQ_FULL + 1) * 8, it & 1)
+            tma_add(DQ_DESC, [row + ROW_STEP, COLUMN_STEP], dq_bufs.index(1))
+            tma_store_wait(1)
+            raw_arrive_released(raw + DQ_FREE * 8)
+            tma_store_wait(0)
+            raw_arrive_released(raw + (DQ_FREE + 1) * 8)
+        it += 1
+
+
+@gluon.jit
+def put_dq(dq, dq_bufs, raw, it, W: gl.constexpr):
+    """Hand this warpgroup's half of block ``it`` of dQ to the writer."""
+    raw_wait(raw + (DQ_FREE + W) * 8, (it & 1) ^ 1)
+    dq_bufs.index(W).store(dq)
+    fence_async_shared()
+    raw_arrive_released(raw + (DQ_FULL + W) * 8)
+
+
+@gluon.jit
+def hide(
+    p,
+    tile_words,
+    block_words,
+    W: gl.constexpr,
+    PACK: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """Weights of a partial block: 0 where the band shows nothing. The messages are read here to spare registers."""
+    unused, row_begin, row_end, unused_2 = get_words(tile_words)
+    lo, hi, end, cuts = get_words(block_words)  # relative to the block's first query
+    row = row_begin + W * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, layout)) // PACK
+    above = gl.where(row < row_end, gl.minimum(row + hi, end), -1)
+    p = gl.where(column[None, :] <= above[:, None], p, 0.0)
+    if (cuts & CUT_BELOW) != 0:
+        p = gl.where(column[None, :] >= (row + lo)[:, None], p, 0.0)
+    return p
+
+
+@gluon.jit
+def store_gradient(DESC, GRAD, stride_b, stride_t, stride_h, grad, staging, batch, first_row, row_end, kv_head,
+                   DV: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """A warpgroup's 64 rows of dK or dV; strides in units of 8 elements."""
+    if first_row + 64 <= row_end:
+        staging.reshape((64, D)).store(grad)
+        fence_async_shared()
+        tma_store(DESC, [batch, first_row, kv_head, 0], staging)
+    else:
+        row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+        at = row.to(gl.int64) * stride_t + batch.to(gl.int64) * stride_b + kv_head.to(gl.int64) * stride_h
+        gl.store(
+            GRAD + at[:, None] * 8 + column[None, :],
+            grad,
+            mask=(row < row_end)[:, None] & (column < DV)[None, :],
+        )
+
+
+@gluon.jit
+def dq_product(ds, k_smem, W: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
+    """This warpgroup's half of dQ = dS K, in flight: half the columns, or with D = 64 half the rows."""
+    zero = gl.zeros([64, 64], gl.float32, layout)
+    if D > 64:
+        half = k_smem.slice(W * 64, 64, dim=1)
+        return warpgroup_mma(ds.permute((1, 0)), half, zero, use_acc=False, is_async=True)
+    else:
+        half = ds.slice(W * 64, 64, dim=1)
+        return warpgroup_mma(half.permute((1, 0)), k_smem, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def consumer(
+    DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full, raw,
+    scale, cap_scale, softmax_scale,
+    W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """``scale`` takes a score (capped, if SOFTCAP) to units of log2; ``cap_scale`` a raw score to tanh's argument."""
+    dtype: gl.constexpr = k_bufs.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_Q, 16]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
+    )
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]
+    )
+    a_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    k_smem = k_bufs.index(0).reshape((BLOCK_K, D))
+    k_own = k_smem.slice(W * 64, 64, dim=0)
+    v_own = v_bufs.index(0).reshape((BLOCK_K, D)).slice(W * 64, 64, dim=0)
+    DS_PARTS: gl.constexpr = BLOCK_K * BLOCK_Q // (64 * D)
+    staging = ds_bufs._reinterpret(dtype, [2 * DS_PARTS, 1, 64, 1, D], DK_DESC.layout).index(W * DS_PARTS)
+    s_zero = gl.zeros([64, BLOCK_Q], gl.float32, s_layout)
+    it = 0
+    kv_phase = 0
+    tiles = 0
+    raw_wait(raw + TILE_FULL * 8, 0)
+    num_blocks, unused, unused_2, unused_3 = get_words(raw + TILE_WORDS)
+    while num_blocks >= 0:
+        tile_words = raw + TILE_WORDS + (tiles & 1) * 32
+        dk = gl.zeros([64, D], gl.float32, o_layout)
+        dv = gl.zeros([64, D], gl.float32, o_layout)
+        if num_blocks > 0:
+            mbarrier.wait(k_full.index(0), kv_phase)
+            mbarrier.wait(q_full.index(it % Q_STAGES), (it // Q_STAGES) & 1)
+            mbarrier.wait(v_full.index(0), kv_phase)
+            kv_phase ^= 1
+            if W == 1:
+                named_sync(STAGGER, 256)  # begins when the other has finished its first exponentials
+        for i in range(0, num_blocks):
+            stage = it % Q_STAGES
+            do_stage = it % DO_STAGES
+            following = it + (i + 1 < num_blocks).to(gl.int32)
+            q = q_bufs.index(stage).reshape((BLOCK_Q, D))
+            do = do_bufs.index(do_stage).reshape((BLOCK_Q, D))
+            cuts = get_word(raw + BLOCK_WORDS + stage * 16 + 12)
+            dp_start, unused_4 = gl.broadcast(delta_bufs.index(stage).load(columns)[None, :], s_zero)
+            dp_start = pinned(dp_start)
+            s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            mbarrier.wait(do_full.index(do_stage), (it // DO_STAGES) & 1)
+            dp = warpgroup_mma(v_own, do.permute((1, 0)), dp_start, is_async=True)
+            lse = lse_bufs.index(stage).load(columns)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            if SOFTCAP:
+                s = tanh(s * cap_scale)
+            p = gl.exp2(s * scale + lse[None, :])
+            if cuts != 0:
+                p = hide(p, tile_words, raw + BLOCK_WORDS + stage * 16, W, PACK, BLOCK_Q, s_layout)
+            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do, dv, is_async=True)
+            if W == 0:
+                if i == 0:
+                    named_arrive(STAGGER, 256)
+            # The spin loop is a border: ptxas would move the wait above the exponentials.
+            mbarrier.wait(q_full.index(following % Q_STAGES), (following // Q_STAGES) & 1)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = p * dp
+            if SOFTCAP:
+                ds = ds * (1.0 - s * s)
+            ds = ds.to(dtype)
+            raw_wait(raw + (DS_FREE + (it & 1)) * 8, ((it >> 1) & 1) ^ 1)
+            ds_bufs.index(it & 1).slice(W * 64, 64, dim=0).store(ds)
+            fence_async_shared()
+            raw_arrive_released(raw + (DS_FULL + (it & 1)) * 8)
+            late = (it + 1) & 1
+            if i > 0:
+                raw_wait(raw + (DS_FULL + late) * 8, ((it - 1) >> 1) & 1)
+            dq = dq_product(ds_bufs.index(late), k_smem, W, D, dq_layout)
+            dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q, dk, is_async=True)
+            dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+            raw_arrive(raw + (DO_FREE + do_stage) * 8)
+            if i > 0:
+                raw_arrive(raw + (DS_FREE + late) * 8)
+                put_dq(dq, dq_bufs, raw, it - 1, W)
+            dk = warpgroup_mma_wait(0, deps=(dk,))
+            raw_arrive(raw + (Q_FREE + stage) * 8)
+            it = opaque_next(it)
+        if num_blocks > 0:
+            late = (it + 1) & 1
+            raw_wait(raw + (DS_FULL + late) * 8, ((it - 1) >> 1) & 1)
+            dq = dq_product(ds_bufs.index(late), k_smem, W, D, dq_layout)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            raw_arrive(raw + (DS_FREE + late) * 8)
+            put_dq(dq, dq_bufs, raw, it - 1, W)
+            raw_arrive(raw + KV_FREE * 8)
+        named_sync(TOGETHER, 256)  # the other has read dS: its buffers stage the gradients
+        unused, row_begin, row_end, unused_2 = get_words(tile_words)
+        batch, kv_head, unused, unused_2 = get_words(tile_words + 16)
+        raw_arrive(raw + (TILE_FREE + (tiles & 1)) * 8)
+        first_row = row_begin + W * 64
+        store_gradient(DV_DESC, DV, stride_vb, stride_vt, stride_vh, dv.to(dtype), staging, batch, first_row, row_end, kv_head,
+                       HEAD_DIM, D, o_layout)  # fmt: skip
+        tma_store_wait(0)
+        store_gradient(DK_DESC, DK, stride_kb, stride_kt, stride_kh, (dk * softmax_scale).to(dtype), staging, batch, first_row,
+                       row_end, kv_head, HEAD_DIM, D, o_layout)  # fmt: skip
+        tiles += 1
+        raw_wait(raw + (TILE_FULL + (tiles & 1)) * 8, (tiles >> 1) & 1)
+        num_blocks, unused, unused_2, unused_3 = get_words(raw + TILE_WORDS + (tiles & 1) * 32)
+        tma_store_wait(0)
+        named_sync(TOGETHER, 256)
+    raw_arrive_released(raw + (DQ_FULL + W) * 8)  # the writer finds the last message
+
+
+RUNTIME_SIZES = [
+    *(
+        "num_tiles",
+        "num_heads_kv",
+        "heads_per_batch",
+        "units_per_kv",
+        "wave",
+        "num_queries",
+        "num_keys",
+        "stats_stride",
+    ),
+    *(f"stride_{tensor}{axis}" for tensor in "kv" for axis in "bth"),
+]
+
+
+@gluon.jit(do_not_specialize=RUNTIME_SIZES)
+def backward_kernel(
+    Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, DQ_DESC, DK_DESC, DV_DESC,
+    DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, num_queries, num_keys,
+    stats_stride, scale, cap_scale, softmax_scale,
+    PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """``num_heads_kv`` counts batch * K/V heads; ``units_per_kv`` units of PACK query heads read each of them."""
+    dtype: gl.constexpr = Q_DESC.dtype
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_bufs = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, 1, D], K_DESC.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, 1, D], V_DESC.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, BLOCK_Q // PACK, PACK, D], Q_DESC.layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, BLOCK_Q // PACK, PACK, D], DO_DESC.layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_K, BLOCK_Q], swizzled)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ_DESC.layout)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], LSE_DESC.layout)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], DELTA_DESC.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
+    dirty = gl.allocate_shared_memory(gl.int64, [ERASE_SLOTS, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_full.index(0), count=1)
+    mbarrier.init(v_full.index(0), count=1)
+    raw = raw_base()
+    raw_init(raw + KV_FREE * 8, 8)
+    for s in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(s), count=1)
+        raw_init(raw + (Q_FREE + s) * 8, 8)
+    for s in gl.static_range(DO_STAGES):
+        mbarrier.init(do_full.index(s), count=1)
+        raw_init(raw + (DO_FREE + s) * 8, 8)
+    for s in gl.static_range(ERASE_SLOTS):
+        mbarrier.init(dirty.index(s), count=1)
+    for w in gl.static_range(2):
+        raw_init(raw + (TILE_FULL + w) * 8, 1)
+        raw_init(raw + (TILE_FREE + w) * 8, 8)
+        raw_init(raw + (DQ_FULL + w) * 8, 4)
+        raw_init(raw + (DQ_FREE + w) * 8, 1)
+        raw_init(raw + (DS_FULL + w) * 8, 8)
+        raw_init(raw + (DS_FREE + w) * 8, 8)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consumer, (
+                DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+                k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full,
+                raw, scale, cap_scale, softmax_scale,
+                gl.constexpr(0), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
+            )),
+            (consumer, (
+                DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+                k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full,
+                raw, scale, cap_scale, softmax_scale,
+                gl.constexpr(1), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
+            )),
+            (producer, (
+                Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
+                k_full, v_full, q_full, do_full, dirty, raw,
+                TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave,
+                num_queries, num_keys, stats_stride, PACK, BLOCK_Q, Q_STAGES, DO_STAGES,
+            )),
+            (dq_writer, (DQ_DESC, dq_bufs, raw, D)),
+            (eraser, (
+                k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+                D, BLOCK_Q, Q_STAGES, DO_STAGES,
+            )),
+        ],
+        [4, 1, 1, 1],
+        [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+    )  # fmt: skip
