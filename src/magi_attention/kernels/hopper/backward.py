@@ -33,7 +33,8 @@ from magi_attention.kernels.hopper.primitives import (
     NAMED_BARRIERS,
     count_blocks,
     erase_rows,
-    get_word,
+    fence_proxy,
+    get_uniform,
     get_words,
     locate,
     named_arrive,
@@ -128,7 +129,7 @@ def send_operand(DESC, bufs, full, dirty, raw, batch, first, head, live, stage, 
 def producer(
     Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
     k_full, v_full, q_full, do_full, dirty, raw,
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, num_queries, num_keys, stats_stride,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts, num_queries, num_keys, stats_stride,
     PACK: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = BLOCK_Q // PACK
@@ -139,7 +140,7 @@ def producer(
     item = gl.program_id(0)
     while item < num_tiles * num_heads_kv:
         next_item = take_item(COUNTER) + gl.num_programs(0)
-        tile, kv_head = locate(item, num_tiles, num_heads_kv, wave)
+        tile, kv_head = locate(item, num_tiles, num_heads_kv, wave, parts)
         row_begin, row_end = gl.load(TILES + 4 * tile), gl.load(TILES + 4 * tile + 1)
         list_begin, list_count = gl.load(TILES + 4 * tile + 2), gl.load(TILES + 4 * tile + 3)
         if row_begin < row_end:
@@ -239,22 +240,22 @@ def eraser(
         kind, stage, live, unused = get_words(raw + ERASE_WORDS + slot * 16)
         if kind == ERASE_K:
             erase_rows(k_groups, 0, live, BLOCK_K, HALVES)
-            fence_async_shared()
+            fence_proxy()
             mbarrier.arrive(k_full.index(0), count=1)
         if kind == ERASE_V:
             erase_rows(v_groups, 0, live, BLOCK_K, HALVES)
-            fence_async_shared()
+            fence_proxy()
             mbarrier.arrive(v_full.index(0), count=1)
         if kind == ERASE_Q:
             erase_rows(q_groups, stage * Q_GROUPS, live, BLOCK_Q, HALVES)
             line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
             delta = delta_bufs.index(stage).load(line)
             delta_bufs.index(stage).store(gl.where(gl.arange(0, BLOCK_Q, layout=line) < live, delta, 0.0))
-            fence_async_shared()
+            fence_proxy()
             mbarrier.arrive(q_full.index(stage), count=1)
         if kind == ERASE_DO:
             erase_rows(do_groups, stage * Q_GROUPS, live, BLOCK_Q, HALVES)
-            fence_async_shared()
+            fence_proxy()
             mbarrier.arrive(do_full.index(stage), count=1)
         done += 1
 
@@ -285,7 +286,7 @@ def put_dq(dq, dq_bufs, raw, it, W: gl.constexpr):
     """Hand this warpgroup's half of block ``it`` of dQ to the writer."""
     raw_wait(raw + (DQ_FREE + W) * 8, (it & 1) ^ 1)
     dq_bufs.index(W).store(dq)
-    fence_async_shared()
+    fence_proxy()
     raw_arrive_released(raw + (DQ_FULL + W) * 8)
 
 
@@ -317,7 +318,7 @@ def store_gradient(DESC, GRAD, stride_b, stride_t, stride_h, grad, staging, batc
     """A warpgroup's 64 rows of dK or dV; strides in units of 8 elements."""
     if first_row + 64 <= row_end:
         staging.reshape((64, D)).store(grad)
-        fence_async_shared()
+        fence_proxy()
         tma_store(DESC, [batch, first_row, kv_head, 0], staging)
     else:
         row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
@@ -370,28 +371,31 @@ def consumer(
     staging = ds_bufs._reinterpret(dtype, [2 * DS_PARTS, 1, 64, 1, D], DK_DESC.layout).index(W * DS_PARTS)
     s_zero = gl.zeros([64, BLOCK_Q], gl.float32, s_layout)
     it = 0
+    # Counted instead of it % Q_STAGES: there is no uniform division by three.
+    stage = 0
+    phase = 0
     kv_phase = 0
     tiles = 0
     raw_wait(raw + TILE_FULL * 8, 0)
-    num_blocks, unused, unused_2, unused_3 = get_words(raw + TILE_WORDS)
+    num_blocks = get_uniform(raw + TILE_WORDS)
     while num_blocks >= 0:
         tile_words = raw + TILE_WORDS + (tiles & 1) * 32
         dk = gl.zeros([64, D], gl.float32, o_layout)
         dv = gl.zeros([64, D], gl.float32, o_layout)
         if num_blocks > 0:
             mbarrier.wait(k_full.index(0), kv_phase)
-            mbarrier.wait(q_full.index(it % Q_STAGES), (it // Q_STAGES) & 1)
+            mbarrier.wait(q_full.index(stage), phase)
             mbarrier.wait(v_full.index(0), kv_phase)
             kv_phase ^= 1
             if W == 1:
                 named_sync(STAGGER, 256)  # begins when the other has finished its first exponentials
         for i in range(0, num_blocks):
-            stage = it % Q_STAGES
             do_stage = it % DO_STAGES
-            following = it + (i + 1 < num_blocks).to(gl.int32)
+            next_stage = gl.where(stage + 1 == Q_STAGES, 0, stage + 1)
+            next_phase = phase ^ (next_stage == 0).to(gl.int32)
             q = q_bufs.index(stage).reshape((BLOCK_Q, D))
             do = do_bufs.index(do_stage).reshape((BLOCK_Q, D))
-            cuts = get_word(raw + BLOCK_WORDS + stage * 16 + 12)
+            cuts = get_uniform(raw + BLOCK_WORDS + stage * 16 + 12)
             dp_start, unused_4 = gl.broadcast(delta_bufs.index(stage).load(columns)[None, :], s_zero)
             dp_start = pinned(dp_start)
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
@@ -409,7 +413,7 @@ def consumer(
                 if i == 0:
                     named_arrive(STAGGER, 256)
             # The spin loop is a border: ptxas would move the wait above the exponentials.
-            mbarrier.wait(q_full.index(following % Q_STAGES), (following // Q_STAGES) & 1)
+            mbarrier.wait(q_full.index(next_stage), next_phase, pred=i + 1 < num_blocks)
             dp = warpgroup_mma_wait(1, deps=(dp,))
             ds = p * dp
             if SOFTCAP:
@@ -417,7 +421,7 @@ def consumer(
             ds = ds.to(dtype)
             raw_wait(raw + (DS_FREE + (it & 1)) * 8, ((it >> 1) & 1) ^ 1)
             ds_bufs.index(it & 1).slice(W * 64, 64, dim=0).store(ds)
-            fence_async_shared()
+            fence_proxy()
             raw_arrive_released(raw + (DS_FULL + (it & 1)) * 8)
             late = (it + 1) & 1
             if i > 0:
@@ -431,6 +435,8 @@ def consumer(
                 put_dq(dq, dq_bufs, raw, it - 1, W)
             dk = warpgroup_mma_wait(0, deps=(dk,))
             raw_arrive(raw + (Q_FREE + stage) * 8)
+            stage = next_stage
+            phase = next_phase
             it = opaque_next(it)
         if num_blocks > 0:
             late = (it + 1) & 1
@@ -452,7 +458,7 @@ def consumer(
                        row_end, kv_head, HEAD_DIM, D, o_layout)  # fmt: skip
         tiles += 1
         raw_wait(raw + (TILE_FULL + (tiles & 1)) * 8, (tiles >> 1) & 1)
-        num_blocks, unused, unused_2, unused_3 = get_words(raw + TILE_WORDS + (tiles & 1) * 32)
+        num_blocks = get_uniform(raw + TILE_WORDS + (tiles & 1) * 32)
         tma_store_wait(0)
         named_sync(TOGETHER, 256)
     raw_arrive_released(raw + (DQ_FULL + W) * 8)  # the writer finds the last message
@@ -477,7 +483,7 @@ RUNTIME_SIZES = [
 def backward_kernel(
     Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, DQ_DESC, DK_DESC, DV_DESC,
     DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, num_queries, num_keys,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts, num_queries, num_keys,
     stats_stride, scale, cap_scale, softmax_scale,
     PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -536,7 +542,7 @@ def backward_kernel(
             (producer, (
                 Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
                 k_full, v_full, q_full, do_full, dirty, raw,
-                TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave,
+                TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
                 num_queries, num_keys, stats_stride, PACK, BLOCK_Q, Q_STAGES, DO_STAGES,
             )),
             (dq_writer, (DQ_DESC, dq_bufs, raw, D)),

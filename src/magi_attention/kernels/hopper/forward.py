@@ -32,6 +32,7 @@ from magi_attention.kernels.hopper.primitives import (
     any_in_warp,
     count_blocks,
     erase_rows,
+    fence_proxy,
     get_words,
     locate,
     named_arrive,
@@ -96,7 +97,7 @@ def send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, column, live, i
 @gluon.jit
 def producer(
     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, num_cols,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
     PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = 64 // PACK
@@ -106,7 +107,7 @@ def producer(
     item = gl.program_id(0)
     while item < num_tiles * num_units:
         next_item = take_item(COUNTER) + gl.num_programs(0)
-        tile, unit = locate(item, num_tiles, num_units, wave)
+        tile, unit = locate(item, num_tiles, num_units, wave, parts)
         row_begin, row_end = gl.load(TILES + 4 * tile), gl.load(TILES + 4 * tile + 1)
         list_begin, list_count = gl.load(TILES + 4 * tile + 2), gl.load(TILES + 4 * tile + 3)
         if row_begin < row_end:
@@ -195,7 +196,7 @@ def eraser(v_bufs, v_full, v_dirty, raw, D: gl.constexpr, BLOCK_N: gl.constexpr,
         stage, live, unused, unused_too = get_words(raw + ERASE_WORDS + slot * 16)
         if stage >= 0:
             erase_rows(groups, stage * GROUPS, live, BLOCK_N, HALVES)
-            fence_async_shared()
+            fence_proxy()
             mbarrier.arrive(v_full.index(stage), count=1)
         done += 1
 
@@ -392,7 +393,7 @@ def consumer(
             o_tile = o_bufs.index(W)
             tma_store_wait(0)
             o_tile.reshape((64, D)).store(out)
-            fence_async_shared()
+            fence_proxy()
             tma_store(O_DESC, [batch, first_row, head, 0], o_tile)
             if OUT_IN_Q:
                 tma_store_wait(0)
@@ -461,7 +462,7 @@ def forward_kernel(
     SINK, stride_sb, stride_st, stride_sh,  # one sink logit a row and head
     LSE,  # fp32 (B, T, H), contiguous
     MAX_LOGITS,  # fp32 (H,), starts at -inf
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, num_rows, num_cols,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_rows, num_cols,
     num_heads, scale, cap_scale,
     PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     NUM_WG: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, OUT_IN_Q: gl.constexpr,
@@ -506,7 +507,7 @@ def forward_kernel(
                 )),
                 (producer, (
                     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, num_cols,
+                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
                     PACK, BLOCK_N, STAGES, NUM_WG,
                 )),
                 (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
@@ -534,7 +535,7 @@ def forward_kernel(
                 )),
                 (producer, (
                     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, num_cols,
+                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
                     PACK, BLOCK_N, STAGES, NUM_WG,
                 )),
                 (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),

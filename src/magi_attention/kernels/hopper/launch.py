@@ -20,6 +20,7 @@ from magi_attention.plan.tiling import hopper_backward_tile, hopper_forward_tile
 _LOG2E = 1.4426950408889634
 _DELTA_ROWS = 64
 _DQ_ROWS = 64
+_PARTS = 4
 
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,7 +51,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         _descriptor(q, rows), _descriptor(k, columns), _descriptor(v, columns), _descriptor(out, rows),
         out, *strides(out), *optional(problem.sink, lse), lse, max_logits,
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * units, units,
-        group // pack, wave(k, v, units), num_rows, num_cols, num_heads, scale, cap_scale,
+        group // pack, wave(k, v, units), _PARTS, num_rows, num_cols, num_heads, scale, cap_scale,
         PACK=pack, D=dim, DV=head_dim, BLOCK_N=tile.block_cols, STAGES=tile.num_stages, NUM_WG=tile.num_warpgroups,
         SOFTCAP=problem.softcap > 0, HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits,
         OUT_IN_Q=tile.out_in_q, CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
@@ -91,7 +92,7 @@ def backward(
         _descriptor(lse2.view(-1), [tile.block_queries]), _descriptor(delta.view(-1), [tile.block_queries]), _descriptor(dq_sum, [64, 64]),
         _descriptor(dk, half), _descriptor(dv, half), dk, *strides(dk), dv, *strides(dv),
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * num_kv_heads,
-        num_kv_heads, group // pack, wave(q, dout, num_kv_heads), num_rows, num_cols,
+        num_kv_heads, group // pack, wave(q, dout, num_kv_heads), _PARTS, num_rows, num_cols,
         lse2.shape[1], scale, cap_scale, problem.softmax_scale,
         PACK=pack, D=dim, HEAD_DIM=head_dim, BLOCK_Q=tile.block_queries, Q_STAGES=tile.q_stages,
         DO_STAGES=tile.do_stages, SOFTCAP=problem.softcap > 0,

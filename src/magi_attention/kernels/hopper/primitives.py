@@ -30,6 +30,16 @@ def named_arrive(barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def fence_proxy():
+    """Order this thread's ordinary shared-memory writes before the copy engine's and the tensor cores' reads.
+
+    Gluon's own fence adds a MEMBAR that waits for everything; the barrier that follows this one orders the rest.
+    """
+    gl.inline_asm_elementwise("fence.proxy.async.shared::cta; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
+                              pack=1)  # fmt: skip
+
+
+@gluon.jit
 def raw_base():
     """Shared address of the static array. Once per kernel, before the partitions; declares any_in_warp's predicate too."""
     gl.inline_asm_elementwise(
@@ -106,6 +116,15 @@ def get_word(address):
     return gl.inline_asm_elementwise(
         "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def get_uniform(address):
+    """Read one word of a message so that ptxas knows it to be the same in all lanes: loops over it stay uniform."""
+    return gl.inline_asm_elementwise("""{
+        .reg .b32 t;
+        ld.shared.b32 t, [$1];
+        shfl.sync.idx.b32 $0, t, 0, 0x1f, -1; }""", "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @gluon.jit
@@ -186,14 +205,19 @@ def tanh(x):
 
 
 @gluon.jit
-def locate(item, num_tiles, num_units, wave):
-    """(tile, unit) of a work item: units ``wave`` at a time, so that tiles that run together share operands in L2, the
-    longest tiles of a wave first."""
-    per_wave = num_tiles * wave
-    first_unit = item // per_wave * wave
-    within = item % per_wave
+def locate(item, num_tiles, num_units, wave, parts):
+    """(tile, unit) of a work item, so that tiles that run together share operands in L2 and short tiles come last.
+
+    The tiles, longest first, are taken in ``parts`` parts; within a part ``wave`` units at a time.
+    """
+    part_tiles = (num_tiles + parts - 1) // parts
+    first_tile = item // (part_tiles * num_units) * part_tiles
+    item -= first_tile * num_units
+    part_tiles = gl.minimum(part_tiles, num_tiles - first_tile)
+    first_unit = item // (part_tiles * wave) * wave
+    within = item - first_unit * part_tiles
     here = gl.minimum(wave, num_units - first_unit)
-    return within // here, first_unit + within % here
+    return first_tile + within // here, first_unit + within % here
 
 
 @gluon.jit
