@@ -471,6 +471,7 @@ RUNTIME_SIZES = [
         "heads_per_batch",
         "units_per_kv",
         "wave",
+        "parts",
         "num_queries",
         "num_keys",
         "stats_stride",

@@ -447,6 +447,7 @@ RUNTIME_SIZES = [
         "units_per_batch",
         "units_per_kv",
         "wave",
+        "parts",
         "num_rows",
         "num_cols",
         "num_heads",
