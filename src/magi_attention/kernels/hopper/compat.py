@@ -20,6 +20,7 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
+    "reinterpret",
     "tma_add",
     "tma_load",
     "tma_store",
@@ -51,3 +52,10 @@ def _tma_add() -> object:
 
 
 tma_add = _tma_add()
+
+
+@builtin
+def reinterpret(memory, dtype, shape, layout, _semantic=None):  # type: ignore[no-untyped-def]
+    """The same shared memory as another dtype, shape or layout: a method that 3.9 renamed."""
+    method = getattr(memory, "reinterpret", None) or memory._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
