@@ -65,14 +65,16 @@ def choose_tiles(kernel: str, head_dim: int, element_size: int) -> TileConfig:
 class HopperForwardTile:
     """Tile of the Hopper forward: ``num_warpgroups`` times 64 rows, ``block_cols`` keys a step, ``num_stages`` K/V blocks.
 
-    A row is one query head of one token; heads of a group that share a tile are packed. ``out_in_q`` stages out in
-    Q's shared memory. The registers are those of a consumer's and of a producer's thread.
+    A row is one query head of one token; heads of a group that share a tile are packed. With two Q buffers the next
+    tile's queries arrive early; staged output goes out by the copy engine, else straight from registers. The registers
+    are those of a consumer's and of a producer's thread.
     """
 
     num_warpgroups: int
     block_cols: int
     num_stages: int
-    out_in_q: bool
+    num_q_buffers: int
+    staged_out: bool
     consumer_registers: int
     producer_registers: int
 
@@ -88,9 +90,9 @@ class HopperForwardTile:
 
 
 _HOPPER_FORWARD = {
-    64: HopperForwardTile(2, 128, 2, False, 240, 24),
-    128: HopperForwardTile(2, 128, 2, False, 240, 24),
-    256: HopperForwardTile(2, 64, 2, True, 240, 24),
+    64: HopperForwardTile(2, 128, 2, 2, True, 240, 24),
+    128: HopperForwardTile(2, 128, 2, 2, True, 240, 24),
+    256: HopperForwardTile(2, 64, 2, 1, False, 240, 24),
 }
 
 

@@ -30,7 +30,6 @@ from magi_attention.kernels.hopper.compat import (
     warpgroup_mma_wait,
 )
 from magi_attention.kernels.hopper.primitives import (
-    NAMED_BARRIERS,
     count_blocks,
     erase_rows,
     fence_proxy,

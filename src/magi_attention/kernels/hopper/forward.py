@@ -3,11 +3,13 @@
 Partitions of a program: NUM_WG consumer warpgroups of 64 query rows each, a producer warp that pulls tiles off a work
 counter, walks their runs and feeds K and V rings by TMA, and an eraser warp for rows of V that lie beyond a run. With
 every K block the producer sends four words: the diagonals and the last column relative to the block, and which of
-them cut it. Consumers know neither bands nor plan.
+them cut it. Consumers know neither bands nor plan: they work through one endless stream of blocks, in which some begin
+a new tile.
 
-A consumer keeps S(j+1) = Q K^T in flight while it computes the softmax of block j and P(j) V(j) runs; the warpgroups take
-turns on the tensor cores. The wait for the next K block stands between softmax and the wait for P V because ptxas moves
-a bare wait above the softmax; the spin loop is a border it does not cross.
+A consumer keeps S(j+1) = Q K^T in flight while it computes the softmax of block j and P(j) V(j) runs, across tiles too:
+the first scores of a tile are computed while the last product of the one before runs, so short tiles pay no start. The
+warpgroups take turns on the tensor cores. The wait for the next K block stands between softmax and the wait for P V
+because ptxas moves a bare wait above the softmax; the spin loop is a border it does not cross.
 
 PACK query heads of one K/V head share a tile: its 64 rows per warpgroup are 64 / PACK tokens x PACK heads.
 """
@@ -30,9 +32,10 @@ from magi_attention.kernels.hopper.primitives import (
     LOG2E,
     NAMED_BARRIERS,
     any_in_warp,
-    count_blocks,
     erase_rows,
     fence_proxy,
+    get_uniform,
+    get_word,
     get_words,
     locate,
     named_arrive,
@@ -49,17 +52,24 @@ from magi_attention.kernels.hopper.primitives import (
     tanh,
 )
 
-# Raw barriers: Q free (one a warpgroup), K free, V free (one a stage).
+# Raw barriers: Q free (one a buffer), K free, V free (one a stage).
 Q_FREE = gl.constexpr(0)
-K_FREE = gl.constexpr(4)
-V_FREE = gl.constexpr(8)
-# Messages: tile (32 bytes a warpgroup), K block (16 a stage), rows to erase (16 a slot).
+K_FREE = gl.constexpr(8)
+V_FREE = gl.constexpr(12)
+# Messages of 16 bytes a slot: tile, K block, rows to erase. A block's message is read until its softmax is done, a tile's
+# until its last product is; both outlive the K stage, which bounds how far the producer and the other warpgroups are
+# ahead: twice as many slots as stages for blocks, and a few more for tiles of one block, are never overtaken.
 TILE_WORDS = gl.constexpr(512)
+TILE_SLOTS = gl.constexpr(8)
 BLOCK_WORDS = gl.constexpr(512 + 128)
-ERASE_WORDS = gl.constexpr(512 + 128 + 64)
+BLOCK_SLOTS = gl.constexpr(4)
+ERASE_WORDS = gl.constexpr(512 + 192)
 
+# What the producer says of a block.
 CUT_ABOVE = gl.constexpr(1)
 CUT_BELOW = gl.constexpr(2)
+BEGINS = gl.constexpr(4)  # the first block of a tile
+STOP = gl.constexpr(8)  # not a block: the stream has ended
 FAR = gl.constexpr(1 << 30)
 
 # Weights of a block may sum to this before the pivot moves: far from the largest fp16 number.
@@ -71,7 +81,7 @@ def send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, end, cut
     """Load the K block at ``column``; ``end`` is one past the last column of its run."""
     stage = it % STAGES
     raw_wait(raw + (K_FREE + stage) * 8, ((it // STAGES) & 1) ^ 1)
-    put_words(raw + BLOCK_WORDS + stage * 16, lo - column, hi - column, end - 1 - column, cuts)
+    put_words(raw + BLOCK_WORDS + it % BLOCK_SLOTS * 16, lo - column, hi - column, end - 1 - column, cuts)
     mbarrier.expect(k_full.index(stage), K_DESC.block_type.nbytes)
     tma_load(K_DESC, [batch, column, kv_head, 0], k_full.index(stage), k_bufs.index(stage))
 
@@ -95,15 +105,27 @@ def send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, column, live, i
 
 
 @gluon.jit
+def send_q(Q_DESC, q_bufs, q_full, raw, words, batch, row_begin, row_end, head, tiles,
+           PACK: gl.constexpr, NUM_WG: gl.constexpr, Q_BUFS: gl.constexpr):  # fmt: skip
+    """Load each warpgroup's rows of a tile, and say which they are."""
+    put_words(words, row_begin, row_end, batch, head)
+    buffer = tiles % Q_BUFS
+    for w in gl.static_range(NUM_WG):
+        slot = w * Q_BUFS + buffer
+        raw_wait(raw + (Q_FREE + slot) * 8, ((tiles // Q_BUFS) & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), Q_DESC.block_type.nbytes)
+        tma_load(Q_DESC, [batch, row_begin + w * (64 // PACK), head, 0], q_full.index(slot), q_bufs.index(slot))
+
+
+@gluon.jit
 def producer(
     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
-    PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr,
+    PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, Q_BUFS: gl.constexpr,
 ):  # fmt: skip
-    TOKENS: gl.constexpr = 64 // PACK
     it = 0
     erased = 0
-    q_phase = 1
+    tiles = 0
     item = gl.program_id(0)
     while item < num_tiles * num_units:
         next_item = take_item(COUNTER) + gl.num_programs(0)
@@ -114,66 +136,48 @@ def producer(
             batch = unit // units_per_batch
             unit = unit % units_per_batch
             kv_head = unit // units_per_kv
-            num_blocks = count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, BLOCK_N)
-            for w in gl.static_range(NUM_WG):
-                raw_wait(raw + (Q_FREE + w) * 8, q_phase)
-                put_words(raw + TILE_WORDS + w * 32, gl.maximum(num_blocks, 1), row_begin, row_end, 0)
-                put_words(raw + TILE_WORDS + w * 32 + 16, batch, unit * PACK, 0, 0)
-                mbarrier.expect(q_full.index(w), Q_DESC.block_type.nbytes)
-                tma_load(
-                    Q_DESC, [batch, row_begin + w * TOKENS, unit * PACK, 0], q_full.index(w), q_bufs.index(w)
-                )
-            q_phase ^= 1
+            words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
             # V of a block follows K of the next one: the ring must not tie that K to the product with this V.
             pending = 0
             pending_live = 0
-            started = 0
+            cuts_of_first = BEGINS
             for at in range(list_begin, list_begin + list_count):
                 first, last, run_blocks, all_from, all_to, lo, hi = run_of(
                     BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK_N
                 )
                 for b in range(0, run_blocks):
                     column = first + b * BLOCK_N
-                    cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0)
+                    cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0) + cuts_of_first
                     cuts += gl.where(column < all_from, CUT_BELOW, 0)
-                    send_k(
-                        K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES
-                    )
-                    if started > 0:
+                    send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES)
+                    if cuts_of_first > 0:
+                        send_q(Q_DESC, q_bufs, q_full, raw, words, batch, row_begin, row_end, unit * PACK, tiles,
+                               PACK, NUM_WG, Q_BUFS)  # fmt: skip
+                    else:
                         erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, pending, pending_live,
                                         it - 1, erased, BLOCK_N, STAGES)  # fmt: skip
-                    started = 1
+                    cuts_of_first = 0
                     pending = column
                     # Beyond the tensor the copy engine fills with zeros.
                     pending_live = gl.where(last < num_cols, last - column, BLOCK_N)
                     it += 1
-            if num_blocks == 0:
-                # One block of zeros beyond the tensor, with nothing visible, keeps the consumers uniform.
-                send_k(
-                    K_DESC,
-                    k_bufs,
-                    k_full,
-                    raw,
-                    batch,
-                    kv_head,
-                    num_cols,
-                    -FAR,
-                    -FAR,
-                    num_cols,
-                    CUT_ABOVE,
-                    it,
-                    STAGES,
-                )
+            if cuts_of_first > 0:
+                # One block of zeros beyond the tensor, with nothing visible: the tile's rows get their empty result.
+                send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, num_cols, -FAR, -FAR, num_cols,
+                       CUT_ABOVE + BEGINS, it, STAGES)  # fmt: skip
+                send_q(Q_DESC, q_bufs, q_full, raw, words, batch, row_begin, row_end, unit * PACK, tiles,
+                       PACK, NUM_WG, Q_BUFS)  # fmt: skip
                 pending = num_cols
                 pending_live = BLOCK_N
                 it += 1
             erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, pending, pending_live, it - 1, erased,
                             BLOCK_N, STAGES)  # fmt: skip
+            tiles += 1
         item = next_item
-    for w in gl.static_range(NUM_WG):
-        raw_wait(raw + (Q_FREE + w) * 8, q_phase)
-        put_words(raw + TILE_WORDS + w * 32, 0, 0, 0, 0)
-        mbarrier.arrive(q_full.index(w), count=1)
+    stage = it % STAGES
+    raw_wait(raw + (K_FREE + stage) * 8, ((it // STAGES) & 1) ^ 1)
+    put_words(raw + BLOCK_WORDS + it % BLOCK_SLOTS * 16, 0, 0, 0, STOP)
+    mbarrier.arrive(k_full.index(stage), count=1)
     for s in gl.static_range(STAGES):
         raw_wait(raw + (V_FREE + (it + s) % STAGES) * 8, (((it + s) // STAGES) & 1) ^ 1)
     put_words(raw + ERASE_WORDS + (erased % STAGES) * 16, -1, 0, 0, 0)
@@ -202,9 +206,11 @@ def eraser(v_bufs, v_full, v_dirty, raw, D: gl.constexpr, BLOCK_N: gl.constexpr,
 
 
 @gluon.jit
-def hide(s, first_row, lo, hi, end, cuts, PACK: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """Scores of a partial block: -inf where the band shows nothing. lo, hi, end are relative to the block."""
-    row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout)) // PACK
+def hide(s, tile_words, block_words, W: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """Scores of a partial block: -inf where the band shows nothing."""
+    row_begin = get_word(tile_words)
+    lo, hi, end, cuts = get_words(block_words)  # relative to the block's first column
+    row = row_begin + W * (64 // PACK) + gl.arange(0, 64, layout=gl.SliceLayout(1, layout)) // PACK
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     if (cuts & CUT_ABOVE) != 0:
         s = gl.where(column[None, :] <= gl.minimum(row + hi, end)[:, None], s, -float("inf"))
@@ -255,43 +261,56 @@ def reweigh(s, pivot, scale, dtype: gl.constexpr):
 
 
 @gluon.jit
-def attend(
-    q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, is_last, first_row, scale, cap_scale,
-    W: gl.constexpr, NUM_WG: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_MAX: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+def score(q_smem, k_smem, BLOCK_N: gl.constexpr, s_layout: gl.constexpr):
+    """S = Q K^T, in flight."""
+    zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    return warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def finish(
+    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, o_bufs,
+    acc, pivot, total, tile_words, num_rows, num_heads,
+    W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr,
+    STAGED: gl.constexpr, rows_of_s: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of block it + 1, product with V of block it."""
-    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    """Sink, lse, and out of the tile whose last product ``acc`` holds."""
     rows_of_o: gl.constexpr = gl.SliceLayout(1, o_layout)
-    stage = it % STAGES
-    next_stage = (it + 1) % STAGES
-    lo, hi, end, cuts = get_words(raw + BLOCK_WORDS + next_stage * 16)
-    take_turn(W, NUM_WG)
-    k_t = k_bufs.index(next_stage).reshape((BLOCK_N, D)).permute((1, 0))
-    s = warpgroup_mma(
-        q_smem, k_t, gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True
-    )
-    mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
-    acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
-    pass_turn(W, NUM_WG)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    raw_arrive(raw + (K_FREE + next_stage) * 8)
-    if SOFTCAP:
-        s = tanh(s * cap_scale)
-    p, sums, slow = weigh(s, pivot, scale, cuts, HAS_MAX, k_bufs.dtype, s_layout)
-    fade = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
-    if slow != 0:
-        if cuts != 0:
-            s = hide(s, first_row, lo, hi, end, cuts, PACK, BLOCK_N, s_layout)
-        p, sums, fade, pivot = reweigh(s, pivot, scale, k_bufs.dtype)
-    total = total * fade + sums
-    mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=is_last == 0)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    raw_arrive(raw + (V_FREE + stage) * 8)
-    p_op = gl.convert_layout(p, p_layout)
-    if slow != 0:
-        acc = acc * gl.convert_layout(fade, rows_of_o)[:, None]
-    return p_op, acc, pivot, total
+    row_begin, row_end, batch, head = get_words(tile_words)
+    first_row = row_begin + W * (64 // PACK)
+    packed = gl.arange(0, 64, layout=rows_of_s)
+    row = first_row + packed // PACK
+    live = row < row_end
+    head_of_row = head + packed % PACK
+    if HAS_MAX:
+        at_head = gl.where(live, pivot * LN2, -float("inf"))
+        gl.atomic_max(MAX_LOGITS + head_of_row, at_head, mask=at_head > -float("inf"), sem="relaxed")
+    weight = gl.full([64], 1.0, gl.float32, rows_of_s)
+    if HAS_SINK:
+        at_sink = batch.to(gl.int64) * stride_sb + row.to(gl.int64) * stride_st + head_of_row.to(gl.int64) * stride_sh
+        sink = gl.load(SINK + at_sink, mask=live, other=-float("inf")) * LOG2E
+        peak = gl.maximum(pivot, sink)
+        base = gl.where(peak == -float("inf"), 0.0, peak)
+        weight = gl.exp2(pivot - base)
+        total = total * weight + gl.exp2(sink - base)
+        pivot = peak
+    seen = total > 0.0
+    lse = gl.where(seen, (pivot + gl.log2(total)) * LN2, -float("inf"))
+    at_lse = (batch.to(gl.int64) * num_rows + row) * num_heads + head_of_row
+    gl.store(LSE + at_lse, lse, mask=live)
+    weight = gl.convert_layout(gl.where(seen, weight / total, 0.0), rows_of_o)
+    out = rounded(acc * weight[:, None], O_DESC.dtype)
+    if STAGED:
+        staged = first_row + 64 // PACK <= row_end
+    else:
+        staged = False
+    if staged:
+        tma_store_wait(0)
+        o_bufs.index(W).reshape((64, D)).store(out)
+        fence_proxy()
+        tma_store(O_DESC, [batch, first_row, head, 0], o_bufs.index(W))
+    else:  # rows of the next tile must stay untouched
+        store_rows(OUT, stride_ob, stride_ot, stride_oh, out, batch, head, first_row, row_end, PACK, D, DV, o_layout)
 
 
 @gluon.jit
@@ -299,125 +318,88 @@ def consumer(
     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
     W: gl.constexpr, NUM_WG: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr,
-    OUT_IN_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr,
+    HAS_MAX: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """``scale`` takes a score (capped, if SOFTCAP) to units of log2; ``cap_scale`` a raw score to tanh's argument."""
-    TOKENS: gl.constexpr = 64 // PACK
+    dtype: gl.constexpr = k_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
-    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     rows_of_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_of_o: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_smem = q_bufs.index(W).reshape((64, D))
-    it = 0
-    q_phase = 0
+    nothing = gl.full([64], -float("inf"), gl.float32, rows_of_s)
     if W == NUM_WG - 1:
         pass_turn(W, NUM_WG)  # the first warpgroup begins
-    mbarrier.wait(q_full.index(W), q_phase)
-    num_blocks, row_begin, row_end, unused = get_words(raw + TILE_WORDS + W * 32)
-    while num_blocks > 0:
-        batch, head, unused, unused = get_words(raw + TILE_WORDS + W * 32 + 16)
-        first_row = row_begin + W * TOKENS
-        stage = it % STAGES
-        mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
-        lo, hi, end, cuts = get_words(raw + BLOCK_WORDS + stage * 16)
+    mbarrier.wait(k_full.index(0), 0)
+    cuts = get_uniform(raw + BLOCK_WORDS + 12)
+    if (cuts & STOP) == 0:
+        # The very first block has no product to run beside.
+        mbarrier.wait(q_full.index(W * Q_BUFS), 0)
         take_turn(W, NUM_WG)
-        k_t = k_bufs.index(stage).reshape((BLOCK_N, D)).permute((1, 0))
-        s = warpgroup_mma(
-            q_smem, k_t, gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True
-        )
+        s = score(q_bufs.index(W * Q_BUFS).reshape((64, D)), k_bufs.index(0).reshape((BLOCK_N, D)), BLOCK_N, s_layout)
         pass_turn(W, NUM_WG)
         s = warpgroup_mma_wait(0, deps=(s,))
-        raw_arrive(raw + (K_FREE + stage) * 8)
+        raw_arrive(raw + K_FREE * 8)
         if SOFTCAP:
             s = tanh(s * cap_scale)
-        if cuts != 0:
-            s = hide(s, first_row, lo, hi, end, cuts, PACK, BLOCK_N, s_layout)
-        nothing = gl.full([64], -float("inf"), gl.float32, rows_of_s)
-        p, total, fade, pivot = reweigh(s, nothing, scale, k_bufs.dtype)
+        if (cuts & (CUT_ABOVE + CUT_BELOW)) != 0:
+            s = hide(s, raw + TILE_WORDS, raw + BLOCK_WORDS, W, PACK, BLOCK_N, s_layout)
+        p, total, fade, pivot = reweigh(s, nothing, scale, dtype)
         p_op = gl.convert_layout(p, p_layout)
         acc = gl.zeros([64, D], gl.float32, o_layout)
-
-        mbarrier.wait(k_full.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=num_blocks > 1)
-        for b in range(1, num_blocks):
-            p_op, acc, pivot, total = attend(
-                q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it,
-                (b + 1 == num_blocks).to(gl.int32), first_row, scale, cap_scale,
-                W, NUM_WG, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, s_layout, o_layout,
-            )  # fmt: skip
-            it += 1
-
-        if not OUT_IN_Q:
-            raw_arrive(raw + (Q_FREE + W) * 8)
-        stage = it % STAGES
-        mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
-        acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
-        packed = gl.arange(0, 64, layout=rows_of_s)
-        row = first_row + packed // PACK
-        live = row < row_end
-        head_of_row = head + packed % PACK
-        if HAS_MAX:
-            at_head = gl.where(live, pivot * LN2, -float("inf"))
-            gl.atomic_max(
-                MAX_LOGITS + head_of_row, at_head, mask=live & (at_head > -float("inf")), sem="relaxed"
-            )
-        if HAS_SINK:
-            at_sink = (
-                batch.to(gl.int64) * stride_sb
-                + row.to(gl.int64) * stride_st
-                + head_of_row.to(gl.int64) * stride_sh
-            )
-            sink = gl.load(SINK + at_sink, mask=live, other=-float("inf")) * LOG2E
-            peak = gl.maximum(pivot, sink)
-            base = gl.where(peak == -float("inf"), 0.0, peak)
-            fade = gl.exp2(pivot - base)
-            total = total * fade + gl.exp2(sink - base)
-            pivot = peak
-        else:
+        it = 0
+        tiles = 0
+        mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES)
+        while (cuts & STOP) == 0:
+            # Block it has its weights in p_op; the next one has arrived, and may begin a tile or be the end.
+            stage = it % STAGES
+            next_stage = (it + 1) % STAGES
+            block_words = raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16
+            cuts = get_uniform(block_words + 12)
+            old_words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
+            if (cuts & BEGINS) != 0:
+                raw_arrive(raw + (Q_FREE + W * Q_BUFS + tiles % Q_BUFS) * 8)
+                tiles += 1
+                mbarrier.wait(q_full.index(W * Q_BUFS + tiles % Q_BUFS), (tiles // Q_BUFS) & 1)
+            take_turn(W, NUM_WG)
+            q_smem = q_bufs.index(W * Q_BUFS + tiles % Q_BUFS).reshape((64, D))
+            s = score(q_smem, k_bufs.index(next_stage).reshape((BLOCK_N, D)), BLOCK_N, s_layout)
+            mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
+            acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
+            pass_turn(W, NUM_WG)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            raw_arrive(raw + (K_FREE + next_stage) * 8)
+            if SOFTCAP:
+                s = tanh(s * cap_scale)
+            old_pivot = pivot
+            old_total = total
+            p, sums, slow = weigh(s, pivot, scale, cuts, HAS_MAX, dtype, s_layout)
             fade = gl.full([64], 1.0, gl.float32, rows_of_s)
-        seen = total > 0.0
-        lse = gl.where(seen, (pivot + gl.log2(total)) * LN2, -float("inf"))
-        at_lse = (batch.to(gl.int64) * num_rows + row) * num_heads + head_of_row
-        gl.store(LSE + at_lse, lse, mask=live)
-        weight = gl.convert_layout(gl.where(seen, fade / total, 0.0), rows_of_o)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        raw_arrive(raw + (V_FREE + stage) * 8)
-        it += 1
-        out = (acc * weight[:, None]).to(k_bufs.dtype)
-        if first_row + TOKENS <= row_end:
-            o_tile = o_bufs.index(W)
-            tma_store_wait(0)
-            o_tile.reshape((64, D)).store(out)
-            fence_proxy()
-            tma_store(O_DESC, [batch, first_row, head, 0], o_tile)
-            if OUT_IN_Q:
-                tma_store_wait(0)
-        else:  # rows of the next tile must stay untouched
-            store_rows(
-                OUT,
-                stride_ob,
-                stride_ot,
-                stride_oh,
-                out,
-                batch,
-                head,
-                first_row,
-                row_end,
-                PACK,
-                D,
-                DV,
-                o_layout,
-            )
-        if OUT_IN_Q:
-            raw_arrive(raw + (Q_FREE + W) * 8)
-        q_phase ^= 1
-        mbarrier.wait(q_full.index(W), q_phase)
-        num_blocks, row_begin, row_end, unused = get_words(raw + TILE_WORDS + W * 32)
+            if slow != 0:
+                if (cuts & (CUT_ABOVE + CUT_BELOW)) != 0:
+                    tile_words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
+                    s = hide(s, tile_words, block_words, W, PACK, BLOCK_N, s_layout)
+                if cuts >= BEGINS:
+                    pivot = nothing
+                    total = gl.zeros([64], gl.float32, rows_of_s)
+                p, sums, fade, pivot = reweigh(s, pivot, scale, dtype)
+            total = total * fade + sums
+            mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(cuts & STOP) == 0)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            raw_arrive(raw + (V_FREE + stage) * 8)
+            p_op = gl.convert_layout(p, p_layout)
+            if cuts >= BEGINS:
+                finish(O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE,
+                       MAX_LOGITS, o_bufs, acc, old_pivot, old_total, old_words, num_rows, num_heads,
+                       W, PACK, D, DV, HAS_SINK, HAS_MAX, STAGED, rows_of_s, o_layout)  # fmt: skip
+                acc = gl.zeros([64, D], gl.float32, o_layout)
+            else:
+                if slow != 0:
+                    acc = acc * gl.convert_layout(fade, rows_of_o)[:, None]
+            it += 1
     tma_store_wait(0)
     if W == 0:
         take_turn(W, NUM_WG)  # absorbs the last warpgroup's last pass
@@ -466,24 +448,24 @@ def forward_kernel(
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_rows, num_cols,
     num_heads, scale, cap_scale,
     PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    NUM_WG: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    NUM_WG: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, STAGED: gl.constexpr, Q_BUFS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """A unit is PACK query heads of one K/V head; ``num_units`` counts those of all batches."""
     dtype: gl.constexpr = Q_DESC.dtype
-    q_bufs = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64 // PACK, PACK, D], Q_DESC.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [NUM_WG * Q_BUFS, 1, 64 // PACK, PACK, D], Q_DESC.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], K_DESC.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], V_DESC.layout)
-    if OUT_IN_Q:
-        o_bufs = q_bufs
-    else:
+    if STAGED:
         o_bufs = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64 // PACK, PACK, D], O_DESC.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    else:
+        o_bufs = q_bufs
+    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG * Q_BUFS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_dirty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     raw = raw_base()
-    for w in gl.static_range(NUM_WG):
+    for w in gl.static_range(NUM_WG * Q_BUFS):
         mbarrier.init(q_full.index(w), count=1)
         raw_init(raw + (Q_FREE + w) * 8, 4)
     for s in gl.static_range(STAGES):
@@ -499,17 +481,17 @@ def forward_kernel(
                 (consumer, (
                     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
                     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(0), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                    gl.constexpr(0), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
                 )),
                 (consumer, (
                     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
                     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(1), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                    gl.constexpr(1), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
                 )),
                 (producer, (
                     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
                     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
-                    PACK, BLOCK_N, STAGES, NUM_WG,
+                    PACK, BLOCK_N, STAGES, NUM_WG, Q_BUFS,
                 )),
                 (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
             ],
@@ -522,22 +504,22 @@ def forward_kernel(
                 (consumer, (
                     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
                     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(0), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                    gl.constexpr(0), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
                 )),
                 (consumer, (
                     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
                     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(1), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                    gl.constexpr(1), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
                 )),
                 (consumer, (
                     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
                     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(2), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, SOFTCAP, HAS_SINK, HAS_MAX, OUT_IN_Q,
+                    gl.constexpr(2), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
                 )),
                 (producer, (
                     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
                     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
-                    PACK, BLOCK_N, STAGES, NUM_WG,
+                    PACK, BLOCK_N, STAGES, NUM_WG, Q_BUFS,
                 )),
                 (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
             ],

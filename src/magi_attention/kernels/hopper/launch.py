@@ -54,7 +54,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         group // pack, wave(k, v, units), _PARTS, num_rows, num_cols, num_heads, scale, cap_scale,
         PACK=pack, D=dim, DV=head_dim, BLOCK_N=tile.block_cols, STAGES=tile.num_stages, NUM_WG=tile.num_warpgroups,
         SOFTCAP=problem.softcap > 0, HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits,
-        OUT_IN_Q=tile.out_in_q, CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
+        STAGED=tile.staged_out, Q_BUFS=tile.num_q_buffers, CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
         num_warps=4, maxnreg=tile.max_registers,
     )  # fmt: skip
     return out, lse, max_logits
