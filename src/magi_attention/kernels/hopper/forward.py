@@ -58,12 +58,12 @@ K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(12)
 # Messages of 16 bytes a slot: tile, K block, rows to erase. A block's message is read until its softmax is done, a tile's
 # until its last product is; both outlive the K stage, which bounds how far the producer and the other warpgroups are
-# ahead: twice as many slots as stages for blocks, and a few more for tiles of one block, are never overtaken.
+# ahead: eight slots are never overtaken by a ring of at most four stages.
 TILE_WORDS = gl.constexpr(512)
 TILE_SLOTS = gl.constexpr(8)
 BLOCK_WORDS = gl.constexpr(512 + 128)
-BLOCK_SLOTS = gl.constexpr(4)
-ERASE_WORDS = gl.constexpr(512 + 192)
+BLOCK_SLOTS = gl.constexpr(8)
+ERASE_WORDS = gl.constexpr(512 + 256)
 
 # What the producer says of a block.
 CUT_ABOVE = gl.constexpr(1)
