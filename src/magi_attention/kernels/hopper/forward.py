@@ -105,10 +105,10 @@ def send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, column, live, i
 
 
 @gluon.jit
-def send_q(Q_DESC, q_bufs, q_full, raw, words, batch, row_begin, row_end, head, tiles,
+def send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, head, tiles,
            PACK: gl.constexpr, NUM_WG: gl.constexpr, Q_BUFS: gl.constexpr):  # fmt: skip
     """Load each warpgroup's rows of a tile, and say which they are."""
-    put_words(words, row_begin, row_end, batch, head)
+    put_words(raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16, row_begin, row_end, batch, head)
     buffer = tiles % Q_BUFS
     for w in gl.static_range(NUM_WG):
         slot = w * Q_BUFS + buffer
@@ -126,6 +126,11 @@ def producer(
     it = 0
     erased = 0
     tiles = 0
+    # V of a block follows K of the next one, also across tiles: the ring must not tie that K to the product with this V.
+    v_batch = 0
+    v_head = 0
+    v_column = 0
+    v_live = 0
     item = gl.program_id(0)
     while item < num_tiles * num_units:
         next_item = take_item(COUNTER) + gl.num_programs(0)
@@ -136,48 +141,43 @@ def producer(
             batch = unit // units_per_batch
             unit = unit % units_per_batch
             kv_head = unit // units_per_kv
-            words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
-            # V of a block follows K of the next one: the ring must not tie that K to the product with this V.
-            pending = 0
-            pending_live = 0
-            cuts_of_first = BEGINS
-            for at in range(list_begin, list_begin + list_count):
-                first, last, run_blocks, all_from, all_to, lo, hi = run_of(
-                    BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK_N
-                )
+            begins = BEGINS
+            for at in range(list_begin, list_begin + list_count + 1):
+                if at < list_begin + list_count:
+                    first, last, run_blocks, all_from, all_to, lo, hi = run_of(
+                        BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK_N
+                    )
+                else:
+                    # A tile without blocks gets one of zeros beyond the tensor, nothing visible: its rows' empty result.
+                    first, last, all_from, all_to, lo, hi = num_cols, num_cols, num_cols, num_cols, -FAR, -FAR
+                    run_blocks = (begins != 0).to(gl.int32)
                 for b in range(0, run_blocks):
                     column = first + b * BLOCK_N
-                    cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0) + cuts_of_first
+                    cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0) + begins
                     cuts += gl.where(column < all_from, CUT_BELOW, 0)
                     send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES)
-                    if cuts_of_first > 0:
-                        send_q(Q_DESC, q_bufs, q_full, raw, words, batch, row_begin, row_end, unit * PACK, tiles,
+                    if begins != 0:
+                        send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, unit * PACK, tiles,
                                PACK, NUM_WG, Q_BUFS)  # fmt: skip
-                    else:
-                        erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, pending, pending_live,
-                                        it - 1, erased, BLOCK_N, STAGES)  # fmt: skip
-                    cuts_of_first = 0
-                    pending = column
+                        tiles += 1
+                    if it > 0:
+                        erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, v_batch, v_head, v_column, v_live, it - 1,
+                                        erased, BLOCK_N, STAGES)  # fmt: skip
+                    begins = 0
+                    v_batch = batch
+                    v_head = kv_head
+                    v_column = column
                     # Beyond the tensor the copy engine fills with zeros.
-                    pending_live = gl.where(last < num_cols, last - column, BLOCK_N)
+                    v_live = gl.where(last < num_cols, last - column, BLOCK_N)
                     it += 1
-            if cuts_of_first > 0:
-                # One block of zeros beyond the tensor, with nothing visible: the tile's rows get their empty result.
-                send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, num_cols, -FAR, -FAR, num_cols,
-                       CUT_ABOVE + BEGINS, it, STAGES)  # fmt: skip
-                send_q(Q_DESC, q_bufs, q_full, raw, words, batch, row_begin, row_end, unit * PACK, tiles,
-                       PACK, NUM_WG, Q_BUFS)  # fmt: skip
-                pending = num_cols
-                pending_live = BLOCK_N
-                it += 1
-            erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, pending, pending_live, it - 1, erased,
-                            BLOCK_N, STAGES)  # fmt: skip
-            tiles += 1
         item = next_item
     stage = it % STAGES
     raw_wait(raw + (K_FREE + stage) * 8, ((it // STAGES) & 1) ^ 1)
     put_words(raw + BLOCK_WORDS + it % BLOCK_SLOTS * 16, 0, 0, 0, STOP)
     mbarrier.arrive(k_full.index(stage), count=1)
+    if it > 0:
+        erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, v_batch, v_head, v_column, v_live, it - 1, erased,
+                        BLOCK_N, STAGES)  # fmt: skip
     for s in gl.static_range(STAGES):
         raw_wait(raw + (V_FREE + (it + s) % STAGES) * 8, (((it + s) // STAGES) & 1) ^ 1)
     put_words(raw + ERASE_WORDS + (erased % STAGES) * 16, -1, 0, 0, 0)
@@ -353,12 +353,12 @@ def consumer(
         it = 0
         tiles = 0
         mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES)
+        next_cuts = get_uniform(raw + BLOCK_WORDS + 16 + 12)
         while (cuts & STOP) == 0:
             # Block it has its weights in p_op; the next one has arrived, and may begin a tile or be the end.
             stage = it % STAGES
             next_stage = (it + 1) % STAGES
-            block_words = raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16
-            cuts = get_uniform(block_words + 12)
+            cuts = next_cuts
             old_words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
             if (cuts & BEGINS) != 0:
                 raw_arrive(raw + (Q_FREE + W * Q_BUFS + tiles % Q_BUFS) * 8)
@@ -381,6 +381,7 @@ def consumer(
             if slow != 0:
                 if (cuts & (CUT_ABOVE + CUT_BELOW)) != 0:
                     tile_words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
+                    block_words = raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16
                     s = hide(s, tile_words, block_words, W, PACK, BLOCK_N, s_layout)
                 if cuts >= BEGINS:
                     pivot = nothing
@@ -388,6 +389,7 @@ def consumer(
                 p, sums, fade, pivot = reweigh(s, pivot, scale, dtype)
             total = total * fade + sums
             mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(cuts & STOP) == 0)
+            next_cuts = get_uniform(raw + BLOCK_WORDS + (it + 2) % BLOCK_SLOTS * 16 + 12)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             raw_arrive(raw + (V_FREE + stage) * 8)
             p_op = gl.convert_layout(p, p_layout)
