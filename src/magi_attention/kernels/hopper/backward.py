@@ -5,8 +5,8 @@
 
 Two consumer warpgroups own 64 keys each and keep dK and dV in registers. dS goes through shared memory, because each
 warpgroup computes one half of dQ from all 128 keys; that product is taken one block late, so the warpgroups may drift
-apart by a block and one computes exponentials while the other multiplies. A writer warp reduces dQ into an fp32
-buffer in global memory. A producer warp pulls tiles off a work counter and feeds K, V and the Q, dO rings; an eraser warp
+apart by a block and one computes exponentials while the other multiplies. Two writer warps reduce dQ into an
+fp32 buffer in global memory. A producer warp pulls tiles off a work counter and feeds K, V and the Q, dO rings; an eraser warp
 zeroes rows beyond a run. The query heads of a K/V head are walked inside a tile: dK and dV need no atomics.
 
 Tiles and runs are those of the transposed mask: a tile's rows are keys, a run's columns queries. PACK query heads share a
@@ -34,6 +34,7 @@ from magi_attention.kernels.hopper.primitives import (
     erase_rows,
     fence_proxy,
     get_uniform,
+    get_word,
     get_words,
     locate,
     named_arrive,
@@ -260,23 +261,19 @@ def eraser(
 
 
 @gluon.jit
-def dq_writer(DQ_DESC, dq_bufs, raw, D: gl.constexpr):
-    """Reduce the two staged halves of each dQ block into global memory."""
-    ROW_STEP: gl.constexpr = 0 if D > 64 else 64
-    COLUMN_STEP: gl.constexpr = 64 if D > 64 else 0
+def dq_writer(DQ_DESC, dq_bufs, raw, W: gl.constexpr, D: gl.constexpr):
+    """Reduce one warpgroup's halves of the dQ blocks into global memory."""
+    ROW_STEP: gl.constexpr = 0 if D > 64 else 64 * W
+    COLUMN: gl.constexpr = 64 * W if D > 64 else 0
     it = 0
     row = 0
     while row >= 0:
-        raw_wait(raw + DQ_FULL * 8, it & 1)
-        row, unused, unused_2, unused_3 = get_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16)
+        raw_wait(raw + (DQ_FULL + W) * 8, it & 1)
+        row = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 16)
         if row >= 0:
-            tma_add(DQ_DESC, [row, 0], dq_bufs.index(0))
-            raw_wait(raw + (DQ_FULL + 1) * 8, it & 1)
-            tma_add(DQ_DESC, [row + ROW_STEP, COLUMN_STEP], dq_bufs.index(1))
-            tma_store_wait(1)
-            raw_arrive_released(raw + DQ_FREE * 8)
+            tma_add(DQ_DESC, [row + ROW_STEP, COLUMN], dq_bufs.index(W))
             tma_store_wait(0)
-            raw_arrive_released(raw + (DQ_FREE + 1) * 8)
+            raw_arrive_released(raw + (DQ_FREE + W) * 8)
         it += 1
 
 
@@ -545,12 +542,13 @@ def backward_kernel(
                 TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
                 num_queries, num_keys, stats_stride, PACK, BLOCK_Q, Q_STAGES, DO_STAGES,
             )),
-            (dq_writer, (DQ_DESC, dq_bufs, raw, D)),
+            (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(0), D)),
+            (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(1), D)),
             (eraser, (
                 k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
                 D, BLOCK_Q, Q_STAGES, DO_STAGES,
             )),
         ],
-        [4, 1, 1, 1],
-        [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+        [4, 1, 1, 1, 1],
+        [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS],
     )  # fmt: skip

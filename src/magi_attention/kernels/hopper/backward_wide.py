@@ -1,0 +1,659 @@
+"""Backward on Hopper for head dimensions of 129 to 256: one program owns 64 keys, two warpgroups with a role each.
+
+    S^T = K Q^T    P^T = exp2(S^T scale - lse)    dP^T = V dO^T - delta    dS^T = P^T dP^T
+    dV += P^T dO   dK += dS^T Q                   dQ   += dS K
+
+dK and dV of 64 keys x 256 columns fill half of the register file, so both warpgroups own the same keys and half of the
+columns of dK, dV and dQ each. The 64 x 64 scores are not computed twice: the first warpgroup computes S^T and P^T, masks and
+all, the second dP^T and dS^T. P^T goes to the second and dS^T to the first through shared memory, 8 KB each.
+
+    score warpgroup      P(i) -> P_FULL | dV(i) | S(i+1) | DS_FULL -> dQ(i), dK(i)
+    gradient warpgroup   dP(i) | P_FULL -> dV(i), dS(i) -> DS_FULL | dQ(i), dK(i)
+
+S runs one block ahead, so exponentials never wait for S and fall into the products of the gradient warpgroup. One copy of P
+and of dS is enough: the score warpgroup multiplies dS(i) before it writes P(i+1), which dS(i+1) waits for.
+
+Rings: Q in two stages; dO in halves of D columns, because the products with its halves end at different times (three half
+buffers do the work of two whole ones). A staged quarter of dQ (64 x 64, fp32) goes out while the next one is computed; each
+warpgroup has its own stage and its own writer warp. Who waits, for whom: producer for Q_FREE, DO_FREE (consumers' products
+of earlier blocks), TILE_FREE and KV_FREE (an earlier tile); consumers for operands, for P, dS and for the writers; writers
+for consumers. Within a block, P(i) waits for P(i-1) read, dS(i) for P(i) and the dQ(i-1) of both; nothing waits for a later block but S(i+1),
+whose Q needs dK(i-1) alone. With SOFTCAP, P (1 - tanh^2) travels in the buffer of dS, which the reader then overwrites.
+
+Tiles, runs, packed heads, row statistics and the layout of dQ are those of the narrow backward.
+"""
+
+from __future__ import annotations
+
+from magi_attention.kernels.hopper.compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_add,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from magi_attention.kernels.hopper.primitives import (
+    NAMED_BARRIERS,
+    count_blocks,
+    erase_rows,
+    fence_proxy,
+    get_uniform,
+    get_words,
+    locate,
+    named_sync,
+    opaque_next,
+    pinned,
+    put_words,
+    raw_arrive,
+    raw_arrive_released,
+    raw_base,
+    raw_init,
+    raw_wait,
+    retire,
+    run_of,
+    take_item,
+    tanh,
+)
+
+BLOCK_K = gl.constexpr(64)
+
+# Raw barriers.
+KV_FREE = gl.constexpr(0)
+P_FULL = gl.constexpr(1)
+P_FREE = gl.constexpr(2)
+DS_FULL = gl.constexpr(3)
+DS_FREE = gl.constexpr(4)
+DQ_FULL = gl.constexpr(6)
+DQ_FREE = gl.constexpr(8)
+TILE_FULL = gl.constexpr(10)
+TILE_FREE = gl.constexpr(12)
+Q_FREE = gl.constexpr(16)
+DO_FREE = gl.constexpr(20)
+# Messages: tile (32 bytes a slot), Q block (16 a stage), rows to erase (16 a slot), where dQ goes (16 a slot).
+TILE_WORDS = gl.constexpr(512)
+BLOCK_WORDS = gl.constexpr(512 + 64)
+ERASE_WORDS = gl.constexpr(512 + 128)
+DQ_WORDS = gl.constexpr(512 + 256)
+# At most one message each for K, V and every stage of Q and dO is unread, and the last one.
+ERASE_SLOTS = gl.constexpr(8)
+DQ_SLOTS = gl.constexpr(16)
+# What to erase.
+ERASE_K = gl.constexpr(0)
+ERASE_V = gl.constexpr(1)
+ERASE_Q = gl.constexpr(2)
+ERASE_DO = gl.constexpr(3)
+
+CUT_ABOVE = gl.constexpr(1)
+CUT_BELOW = gl.constexpr(2)
+CUT_ROWS = gl.constexpr(4)
+
+
+@gluon.jit
+def send_q(
+    Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch, head, column, live, stats_row,
+    stage, erased, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """Load a Q block and its row statistics, by way of the eraser when only ``live`` rows belong to the run."""
+    nbytes: gl.constexpr = Q_DESC.block_type.nbytes + 2 * LSE_DESC.block_type.nbytes
+    if live < BLOCK_Q:
+        slot = erased % ERASE_SLOTS
+        put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, live, 0)
+        mbarrier.expect(dirty.index(slot), nbytes)
+        tma_load(Q_DESC, [batch, column, head, 0], dirty.index(slot), q_bufs.index(stage))
+        tma_load(LSE_DESC, [stats_row], dirty.index(slot), lse_bufs.index(stage))
+        tma_load(DELTA_DESC, [stats_row], dirty.index(slot), delta_bufs.index(stage))
+        erased += 1
+    else:
+        mbarrier.expect(q_full.index(stage), nbytes)
+        tma_load(Q_DESC, [batch, column, head, 0], q_full.index(stage), q_bufs.index(stage))
+        tma_load(LSE_DESC, [stats_row], q_full.index(stage), lse_bufs.index(stage))
+        tma_load(DELTA_DESC, [stats_row], q_full.index(stage), delta_bufs.index(stage))
+    return erased
+
+
+@gluon.jit
+def send_operand(DESC, bufs, full, dirty, raw, batch, first, head, dim, live, stage, erased,
+                 KIND: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+    """Load ROWS rows from column ``dim`` on, by way of the eraser when only ``live`` belong to the tile or the run."""
+    if live < ROWS:
+        slot = erased % ERASE_SLOTS
+        put_words(raw + ERASE_WORDS + slot * 16, KIND, stage, live, 0)
+        mbarrier.expect(dirty.index(slot), DESC.block_type.nbytes)
+        tma_load(DESC, [batch, first, head, dim], dirty.index(slot), bufs.index(stage))
+        erased += 1
+    else:
+        mbarrier.expect(full.index(stage), DESC.block_type.nbytes)
+        tma_load(DESC, [batch, first, head, dim], full.index(stage), bufs.index(stage))
+    return erased
+
+
+@gluon.jit
+def producer(
+    Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
+    k_full, v_full, q_full, do_full, dirty, raw,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts, num_queries, num_keys, stats_stride,
+    PACK: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    TOKENS: gl.constexpr = BLOCK_Q // PACK
+    it = 0
+    halves = 0
+    erased = 0
+    tiles_sent = 0
+    kv_phase = 1
+    item = gl.program_id(0)
+    while item < num_tiles * num_heads_kv:
+        next_item = take_item(COUNTER) + gl.num_programs(0)
+        tile, kv_head = locate(item, num_tiles, num_heads_kv, wave, parts)
+        row_begin, row_end = gl.load(TILES + 4 * tile), gl.load(TILES + 4 * tile + 1)
+        list_begin, list_count = gl.load(TILES + 4 * tile + 2), gl.load(TILES + 4 * tile + 3)
+        if row_begin < row_end:
+            batch = kv_head // heads_per_batch
+            kv_head = kv_head % heads_per_batch
+            num_blocks = count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, TOKENS)
+            slot = tiles_sent & 1
+            raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles_sent >> 1) & 1) ^ 1)
+            put_words(raw + TILE_WORDS + slot * 32, num_blocks * units_per_kv, row_begin, row_end, 0)
+            put_words(raw + TILE_WORDS + slot * 32 + 16, batch, kv_head, 0, 0)
+            raw_arrive(raw + (TILE_FULL + slot) * 8)
+            tiles_sent += 1
+            if num_blocks > 0:
+                raw_wait(raw + KV_FREE * 8, kv_phase)
+                kv_phase ^= 1
+                # Beyond the tensor the copy engine fills with zeros.
+                live_keys = gl.where(row_end < num_keys, row_end - row_begin, BLOCK_K)
+                erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, 0, live_keys, 0,
+                                      erased, ERASE_K, BLOCK_K)  # fmt: skip
+                started = 0
+                rows_cut = gl.where(row_end - row_begin < BLOCK_K, CUT_ROWS, 0)
+                for sub in range(0, units_per_kv):
+                    unit = kv_head * units_per_kv + sub
+                    unit_row = (batch * heads_per_batch * units_per_kv + unit) * num_queries
+                    for at in range(list_begin, list_begin + list_count):
+                        first, last, run_blocks, all_from, all_to, lo, hi = run_of(
+                            BANDS, gl.load(BAND_LIST + at), row_begin, row_end, TOKENS
+                        )
+                        # Tiles that see the same queries begin at different ones: their sums meet less often.
+                        b = (gl.maximum(row_begin - first, 0) // TOKENS) % gl.maximum(run_blocks, 1)
+                        for step in range(0, run_blocks):
+                            column = first + b * TOKENS
+                            cuts = gl.where(column + TOKENS > all_to, CUT_ABOVE, 0) + rows_cut
+                            cuts += gl.where(column < all_from, CUT_BELOW, 0)
+                            live = (last - column) * PACK
+                            dq_row = (unit_row + column) * PACK
+                            # The engine reads from 16-byte steps: the copy whose step begins at this row.
+                            shift = dq_row & 3
+                            stats_row = shift // PACK * stats_stride + dq_row - shift
+                            stage = it % Q_STAGES
+                            raw_wait(raw + (Q_FREE + stage) * 8, ((it // Q_STAGES) & 1) ^ 1)
+                            put_words(
+                                raw + BLOCK_WORDS + stage * 16,
+                                lo - column,
+                                hi - column,
+                                last - 1 - column,
+                                cuts,
+                            )
+                            put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, dq_row, 0, 0, 0)
+                            erased = send_q(Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw,
+                                            batch, unit * PACK, column, live, stats_row, stage, erased, BLOCK_Q)  # fmt: skip
+                            if started == 0:
+                                erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head, 0,
+                                                      live_keys, 0, erased, ERASE_V, BLOCK_K)  # fmt: skip
+                                started = 1
+                            for half in range(0, 2):
+                                stage = halves % DO_STAGES
+                                raw_wait(raw + (DO_FREE + stage) * 8, ((halves // DO_STAGES) & 1) ^ 1)
+                                erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK,
+                                                      half * (D // 2), live, stage, erased, ERASE_DO, BLOCK_Q)  # fmt: skip
+                                halves += 1
+                            it += 1
+                            b += 1
+                            b = gl.where(b == run_blocks, 0, b)
+        item = next_item
+    slot = tiles_sent & 1
+    raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles_sent >> 1) & 1) ^ 1)
+    put_words(raw + TILE_WORDS + slot * 32, -1, 0, 0, 0)
+    put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, -1, 0, 0, 0)
+    raw_arrive(raw + (TILE_FULL + slot) * 8)
+    # The eraser's last message: every earlier one has been read once all operands are consumed.
+    raw_wait(raw + KV_FREE * 8, kv_phase)
+    put_words(raw + ERASE_WORDS + (erased % ERASE_SLOTS) * 16, -1, 0, 0, 0)
+    mbarrier.arrive(dirty.index(erased % ERASE_SLOTS), count=1)
+    retire(COUNTER, gl.num_programs(0))
+
+
+@gluon.jit
+def eraser(
+    k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Zero operand rows beyond their tile or run, between their arrival and their announcement to the consumers.
+
+    All four operands and delta: a weight of zero times NaN would be NaN.
+    """
+    SLICES: gl.constexpr = D // 64
+    KV_GROUPS: gl.constexpr = BLOCK_K // 8 * SLICES
+    Q_GROUPS: gl.constexpr = BLOCK_Q // 8 * SLICES
+    part: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_groups = k_bufs._reinterpret(k_bufs.dtype, [KV_GROUPS, 8, 64], part)
+    v_groups = v_bufs._reinterpret(v_bufs.dtype, [KV_GROUPS, 8, 64], part)
+    q_groups = q_bufs._reinterpret(q_bufs.dtype, [Q_STAGES * Q_GROUPS, 8, 64], part)
+    do_groups = do_bufs._reinterpret(do_bufs.dtype, [DO_STAGES * (Q_GROUPS // 2), 8, 64], part)
+    done = 0
+    kind = 0
+    while kind >= 0:
+        slot = done % ERASE_SLOTS
+        mbarrier.wait(dirty.index(slot), (done // ERASE_SLOTS) & 1)
+        kind, stage, live, unused = get_words(raw + ERASE_WORDS + slot * 16)
+        if kind == ERASE_K:
+            erase_rows(k_groups, 0, live, BLOCK_K, SLICES)
+            fence_proxy()
+            mbarrier.arrive(k_full.index(0), count=1)
+        if kind == ERASE_V:
+            erase_rows(v_groups, 0, live, BLOCK_K, SLICES)
+            fence_proxy()
+            mbarrier.arrive(v_full.index(0), count=1)
+        if kind == ERASE_Q:
+            erase_rows(q_groups, stage * Q_GROUPS, live, BLOCK_Q, SLICES)
+            line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+            delta = delta_bufs.index(stage).load(line)
+            delta_bufs.index(stage).store(gl.where(gl.arange(0, BLOCK_Q, layout=line) < live, delta, 0.0))
+            fence_proxy()
+            mbarrier.arrive(q_full.index(stage), count=1)
+        if kind == ERASE_DO:
+            erase_rows(do_groups, stage * (Q_GROUPS // 2), live, BLOCK_Q, SLICES // 2)
+            fence_proxy()
+            mbarrier.arrive(do_full.index(stage), count=1)
+        done += 1
+
+
+@gluon.jit
+def dq_writer(DQ_DESC, dq_bufs, raw, W: gl.constexpr, D: gl.constexpr):
+    """Reduce a warpgroup's two quarters of each dQ block into global memory, one after the other."""
+    it = 0
+    row = 0
+    while row >= 0:
+        raw_wait(raw + (DQ_FULL + W) * 8, 0)
+        row, unused, unused_2, unused_3 = get_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16)
+        if row >= 0:
+            tma_add(DQ_DESC, [row, W * (D // 2)], dq_bufs.index(W))
+            tma_store_wait(0)
+            raw_arrive_released(raw + (DQ_FREE + W) * 8)
+            raw_wait(raw + (DQ_FULL + W) * 8, 1)
+            tma_add(DQ_DESC, [row, W * (D // 2) + 64], dq_bufs.index(W))
+            tma_store_wait(0)
+            raw_arrive_released(raw + (DQ_FREE + W) * 8)
+        it += 1
+
+
+@gluon.jit
+def put_dq(dq, dq_bufs, raw, QUARTER: gl.constexpr, W: gl.constexpr):
+    """Hand this warpgroup's first or second quarter of a dQ block to its writer."""
+    raw_wait(raw + (DQ_FREE + W) * 8, QUARTER ^ 1)
+    dq_bufs.index(W).store(dq)
+    fence_proxy()
+    raw_arrive_released(raw + (DQ_FULL + W) * 8)
+
+
+@gluon.jit
+def dq_product(ds, k_smem, FIRST: gl.constexpr, layout: gl.constexpr):
+    """64 columns of dQ = dS K from column FIRST on, in flight."""
+    zero = gl.zeros([64, 64], gl.float32, layout)
+    return warpgroup_mma(ds.permute((1, 0)), k_smem.slice(FIRST, 64, dim=1), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def hide(p, tile_words, block_words, PACK: gl.constexpr, BLOCK_Q: gl.constexpr, layout: gl.constexpr):
+    """Weights of a partial block: 0 where the band shows nothing. The messages are read here to spare registers."""
+    unused, row_begin, row_end, unused_2 = get_words(tile_words)
+    lo, hi, end, cuts = get_words(block_words)  # relative to the block's first query
+    row = row_begin + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, layout)) // PACK
+    above = gl.where(row < row_end, gl.minimum(row + hi, end), -1)
+    p = gl.where(column[None, :] <= above[:, None], p, 0.0)
+    if (cuts & CUT_BELOW) != 0:
+        p = gl.where(column[None, :] >= (row + lo)[:, None], p, 0.0)
+    return p
+
+
+@gluon.jit
+def store_gradient(DESC, GRAD, stride_b, stride_t, stride_h, grad, staging, batch, row_begin, row_end, kv_head,
+                   W: gl.constexpr, HEAD_DIM: gl.constexpr, HALF: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """A warpgroup's columns of dK or dV; strides in units of 8 elements."""
+    if row_begin + BLOCK_K <= row_end:
+        staging.reshape((BLOCK_K, HALF)).store(grad)
+        fence_proxy()
+        named_sync(NAMED_BARRIERS + W, 128)
+        tma_store(DESC, [batch, row_begin, kv_head, W * HALF], staging)
+    else:
+        row = row_begin + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, layout))
+        column = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+        at = row.to(gl.int64) * stride_t + batch.to(gl.int64) * stride_b + kv_head.to(gl.int64) * stride_h
+        gl.store(
+            GRAD + at[:, None] * 8 + column[None, :],
+            grad,
+            mask=(row < row_end)[:, None] & (column < HEAD_DIM)[None, :],
+        )
+
+
+@gluon.jit
+def finish_tile(
+    DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh, dk, dv, dq_bufs, raw, tiles,
+    W: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Store this warpgroup's half of dK and dV by way of its dQ stage; returns the blocks of the next tile."""
+    tile_words = raw + TILE_WORDS + (tiles & 1) * 32
+    unused, row_begin, row_end, unused_2 = get_words(tile_words)
+    batch, kv_head, unused, unused_2 = get_words(tile_words + 16)
+    raw_arrive_released(raw + (TILE_FREE + (tiles & 1)) * 8)
+    staging = dq_bufs._reinterpret(DK_DESC.dtype, [2, 1, BLOCK_K, 1, D // 2], DK_DESC.layout).index(W)
+    raw_wait(raw + (DQ_FREE + W) * 8, 1)  # the writer has read the last quarter
+    store_gradient(DV_DESC, DV, stride_vb, stride_vt, stride_vh, dv, staging, batch, row_begin, row_end, kv_head,
+                   W, HEAD_DIM, D // 2, layout)  # fmt: skip
+    tma_store_wait(0)
+    named_sync(NAMED_BARRIERS + W, 128)
+    store_gradient(DK_DESC, DK, stride_kb, stride_kt, stride_kh, dk, staging, batch, row_begin, row_end, kv_head,
+                   W, HEAD_DIM, D // 2, layout)  # fmt: skip
+    tiles += 1
+    raw_wait(raw + (TILE_FULL + (tiles & 1)) * 8, (tiles >> 1) & 1)
+    num_blocks = get_uniform(raw + TILE_WORDS + (tiles & 1) * 32)
+    tma_store_wait(0)
+    named_sync(NAMED_BARRIERS + W, 128)
+    return num_blocks
+
+
+@gluon.jit
+def score_warpgroup(
+    DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+    k_bufs, q_bufs, do_bufs, lse_bufs, p_bufs, ds_bufs, dq_bufs, k_full, q_full, do_full, raw,
+    scale, cap_scale, softmax_scale,
+    PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """S and P, and the first half of the columns of dV, dK and dQ.
+
+    ``scale`` takes a score (capped, if SOFTCAP) to units of log2; ``cap_scale`` a raw score to tanh's argument.
+    """
+    dtype: gl.constexpr = k_bufs.dtype
+    HALF: gl.constexpr = D // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_Q, 16]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16]
+    )
+    a_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    k_smem = k_bufs.index(0).reshape((BLOCK_K, D))
+    p_smem = p_bufs.index(0)
+    ds_smem = ds_bufs.index(0)
+    it = 0
+    # Counted instead of it % STAGES: there is no uniform division by three.
+    stage = 0
+    phase = 0
+    do_stage = 0
+    do_phase = 0
+    kv_phase = 0
+    tiles = 0
+    raw_wait(raw + TILE_FULL * 8, 0)
+    num_blocks = get_uniform(raw + TILE_WORDS)
+    while num_blocks >= 0:
+        dk = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
+        dv = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
+        s_zero = gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, s_layout)
+        s = s_zero
+        if num_blocks > 0:
+            mbarrier.wait(k_full.index(0), kv_phase)
+            mbarrier.wait(q_full.index(stage), phase)
+            kv_phase ^= 1
+            q = q_bufs.index(stage).reshape((BLOCK_Q, D))
+            s = warpgroup_mma(k_smem, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+        for i in range(0, num_blocks):
+            q = q_bufs.index(stage).reshape((BLOCK_Q, D))
+            next_stage = gl.where(stage + 1 == Q_STAGES, 0, stage + 1)
+            next_phase = phase ^ (next_stage == 0).to(gl.int32)
+            cuts = get_uniform(raw + BLOCK_WORDS + stage * 16 + 12)
+            lse = lse_bufs.index(stage).load(columns)
+            if SOFTCAP:
+                s = tanh(s * cap_scale)
+            p = gl.exp2(s * scale + lse[None, :])
+            if cuts != 0:
+                p = hide(p, raw + TILE_WORDS + (tiles & 1) * 32, raw + BLOCK_WORDS + stage * 16, PACK, BLOCK_Q, s_layout)
+            if SOFTCAP:
+                raw_wait(raw + DS_FREE * 8, (it & 1) ^ 1)
+                ds_smem.store((p * (1.0 - s * s)).to(dtype))
+            weights = p.to(dtype)
+            raw_wait(raw + P_FREE * 8, (it & 1) ^ 1)
+            p_smem.store(weights)
+            raw_arrive_released(raw + P_FULL * 8)
+            mbarrier.wait(do_full.index(do_stage), do_phase)
+            do = do_bufs.index(do_stage).reshape((BLOCK_Q, HALF))
+            dv = warpgroup_mma(gl.convert_layout(weights, a_layout), do, dv, is_async=True)
+            mbarrier.wait(q_full.index(next_stage), next_phase, pred=i + 1 < num_blocks)
+            # After the last block of a tile this is a product of anything, and nobody reads it.
+            next_q = q_bufs.index(next_stage).reshape((BLOCK_Q, D))
+            s = warpgroup_mma(k_smem, next_q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            dv = warpgroup_mma_wait(1, deps=(dv,))
+            raw_arrive(raw + (DO_FREE + do_stage) * 8)
+            raw_wait(raw + DS_FULL * 8, it & 1)
+            dq = dq_product(ds_smem, k_smem, 0, s_layout)
+            dk = warpgroup_mma(ds_smem, q.slice(0, HALF, dim=1), dk, is_async=True)
+            s, dq = warpgroup_mma_wait(1, deps=(s, dq))
+            put_dq(dq, dq_bufs, raw, 0, 0)
+            dq = dq_product(ds_smem, k_smem, 64, s_layout)
+            dk = warpgroup_mma_wait(1, deps=(dk,))
+            raw_arrive(raw + (Q_FREE + stage) * 8)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            raw_arrive(raw + DS_FREE * 8)
+            put_dq(dq, dq_bufs, raw, 1, 0)
+            stage = next_stage
+            phase = next_phase
+            do_stage += 2
+            do_phase ^= (do_stage >= DO_STAGES).to(gl.int32)
+            do_stage = gl.where(do_stage >= DO_STAGES, do_stage - DO_STAGES, do_stage)
+            it = opaque_next(it)
+        if num_blocks > 0:
+            raw_arrive(raw + KV_FREE * 8)
+        num_blocks = finish_tile(
+            DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+            (dk * softmax_scale).to(dtype), dv.to(dtype), dq_bufs, raw, tiles, 0, HEAD_DIM, D, o_layout,
+        )  # fmt: skip
+        tiles += 1
+    raw_arrive_released(raw + DQ_FULL * 8)  # the writer finds the last message
+
+
+@gluon.jit
+def gradient_warpgroup(
+    DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+    k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, p_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full, raw, softmax_scale,
+    D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """dP and dS, and the second half of the columns of dV, dK and dQ."""
+    dtype: gl.constexpr = k_bufs.dtype
+    HALF: gl.constexpr = D // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_Q, 16]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16]
+    )
+    a_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    k_smem = k_bufs.index(0).reshape((BLOCK_K, D))
+    v_smem = v_bufs.index(0).reshape((BLOCK_K, D))
+    p_smem = p_bufs.index(0)
+    ds_smem = ds_bufs.index(0)
+    it = 0
+    stage = 0
+    phase = 0
+    do_stage = 0
+    do_phase = 0
+    kv_phase = 0
+    tiles = 0
+    raw_wait(raw + TILE_FULL * 8, 0)
+    num_blocks = get_uniform(raw + TILE_WORDS)
+    while num_blocks >= 0:
+        dk = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
+        dv = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
+        like = gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, s_layout)
+        if num_blocks > 0:
+            mbarrier.wait(k_full.index(0), kv_phase)
+            mbarrier.wait(v_full.index(0), kv_phase)
+            kv_phase ^= 1
+        for i in range(0, num_blocks):
+            q = q_bufs.index(stage).reshape((BLOCK_Q, D))
+            mbarrier.wait(q_full.index(stage), phase)
+            dp, unused = gl.broadcast(delta_bufs.index(stage).load(columns)[None, :], like)
+            dp = pinned(dp)
+            first_half = do_bufs.index(do_stage).reshape((BLOCK_Q, HALF))
+            mbarrier.wait(do_full.index(do_stage), do_phase)
+            dp = warpgroup_mma(v_smem.slice(0, HALF, dim=1), first_half.permute((1, 0)), dp, is_async=True)
+            second_stage = gl.where(do_stage + 1 == DO_STAGES, 0, do_stage + 1)
+            second_phase = do_phase ^ (second_stage == 0).to(gl.int32)
+            second_half = do_bufs.index(second_stage).reshape((BLOCK_Q, HALF))
+            mbarrier.wait(do_full.index(second_stage), second_phase)
+            dp = warpgroup_mma(v_smem.slice(HALF, HALF, dim=1), second_half.permute((1, 0)), dp, is_async=True)
+            raw_wait(raw + P_FULL * 8, it & 1)
+            weights = p_smem.load(s_layout)
+            if SOFTCAP:
+                slope = ds_smem.load(s_layout)
+            else:
+                slope = weights
+            raw_arrive_released(raw + P_FREE * 8)
+            dv = warpgroup_mma(gl.convert_layout(weights, a_layout), second_half, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            raw_arrive(raw + (DO_FREE + do_stage) * 8)
+            ds = (slope.to(gl.float32) * dp).to(dtype)
+            raw_wait(raw + DS_FREE * 8, (it & 1) ^ 1)
+            ds_smem.store(ds)
+            fence_proxy()
+            raw_arrive_released(raw + DS_FULL * 8)
+            raw_wait(raw + DS_FULL * 8, it & 1)
+            dq = dq_product(ds_smem, k_smem, HALF, s_layout)
+            dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q.slice(HALF, HALF, dim=1), dk, is_async=True)
+            dv = warpgroup_mma_wait(2, deps=(dv,))
+            raw_arrive(raw + (DO_FREE + second_stage) * 8)
+            dq = warpgroup_mma_wait(1, deps=(dq,))
+            put_dq(dq, dq_bufs, raw, 0, 1)
+            dq = dq_product(ds_smem, k_smem, HALF + 64, s_layout)
+            dk = warpgroup_mma_wait(1, deps=(dk,))
+            raw_arrive(raw + (Q_FREE + stage) * 8)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            raw_arrive(raw + DS_FREE * 8)
+            put_dq(dq, dq_bufs, raw, 1, 1)
+            stage = gl.where(stage + 1 == Q_STAGES, 0, stage + 1)
+            phase ^= (stage == 0).to(gl.int32)
+            do_stage = gl.where(second_stage + 1 == DO_STAGES, 0, second_stage + 1)
+            do_phase = second_phase ^ (do_stage == 0).to(gl.int32)
+            it = opaque_next(it)
+        if num_blocks > 0:
+            raw_arrive(raw + KV_FREE * 8)
+        num_blocks = finish_tile(
+            DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+            (dk * softmax_scale).to(dtype), dv.to(dtype), dq_bufs, raw, tiles, 1, HEAD_DIM, D, o_layout,
+        )  # fmt: skip
+        tiles += 1
+    raw_arrive_released(raw + (DQ_FULL + 1) * 8)  # the writer finds the last message
+
+
+RUNTIME_SIZES = [
+    *(
+        "num_tiles",
+        "num_heads_kv",
+        "heads_per_batch",
+        "units_per_kv",
+        "wave",
+        "parts",
+        "num_queries",
+        "num_keys",
+        "stats_stride",
+    ),
+    *(f"stride_{tensor}{axis}" for tensor in "kv" for axis in "bth"),
+]
+
+
+@gluon.jit(do_not_specialize=RUNTIME_SIZES)
+def backward_wide_kernel(
+    Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, DQ_DESC, DK_DESC, DV_DESC,
+    DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts, num_queries, num_keys,
+    stats_stride, scale, cap_scale, softmax_scale,
+    PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """Arguments as of the narrow backward, except that DO_STAGES counts half blocks (at least two; three prefetch)
+    and that the boxes of dO, dK and dV are D / 2 columns wide."""
+    dtype: gl.constexpr = Q_DESC.dtype
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_bufs = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, 1, D], K_DESC.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, 1, D], V_DESC.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, BLOCK_Q // PACK, PACK, D], Q_DESC.layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, BLOCK_Q // PACK, PACK, D // 2], DO_DESC.layout)
+    p_bufs = gl.allocate_shared_memory(dtype, [1, BLOCK_K, BLOCK_Q], swizzled)
+    ds_bufs = gl.allocate_shared_memory(dtype, [1, BLOCK_K, BLOCK_Q], swizzled)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ_DESC.layout)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], LSE_DESC.layout)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], DELTA_DESC.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
+    dirty = gl.allocate_shared_memory(gl.int64, [ERASE_SLOTS, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_full.index(0), count=1)
+    mbarrier.init(v_full.index(0), count=1)
+    raw = raw_base()
+    # Arrivals are counted in warps: 4 of the one warpgroup, or 8 of both.
+    raw_init(raw + KV_FREE * 8, 8)
+    raw_init(raw + P_FULL * 8, 4)
+    raw_init(raw + P_FREE * 8, 4)
+    raw_init(raw + DS_FULL * 8, 4)
+    raw_init(raw + DS_FREE * 8, 8)
+    for s in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(s), count=1)
+        raw_init(raw + (Q_FREE + s) * 8, 8)
+    for s in gl.static_range(DO_STAGES):
+        mbarrier.init(do_full.index(s), count=1)
+        raw_init(raw + (DO_FREE + s) * 8, 8)
+    for s in gl.static_range(ERASE_SLOTS):
+        mbarrier.init(dirty.index(s), count=1)
+    for w in gl.static_range(2):
+        raw_init(raw + (TILE_FULL + w) * 8, 1)
+        raw_init(raw + (TILE_FREE + w) * 8, 8)
+        raw_init(raw + (DQ_FULL + w) * 8, 4)
+        raw_init(raw + (DQ_FREE + w) * 8, 1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (score_warpgroup, (
+                DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+                k_bufs, q_bufs, do_bufs, lse_bufs, p_bufs, ds_bufs, dq_bufs, k_full, q_full, do_full, raw,
+                scale, cap_scale, softmax_scale, PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
+            )),
+            (gradient_warpgroup, (
+                DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
+                k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, p_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full, raw,
+                softmax_scale, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
+            )),
+            (producer, (
+                Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
+                k_full, v_full, q_full, do_full, dirty, raw,
+                TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
+                num_queries, num_keys, stats_stride, PACK, D, BLOCK_Q, Q_STAGES, DO_STAGES,
+            )),
+            (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(0), D)),
+            (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(1), D)),
+            (eraser, (
+                k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+                D, BLOCK_Q, Q_STAGES, DO_STAGES,
+            )),
+        ],
+        [4, 1, 1, 1, 1],
+        [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+    )  # fmt: skip
