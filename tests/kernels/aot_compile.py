@@ -8,21 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
+from ahead_of_time import compile_for_hopper, spilled_bytes
 from triton.compiler import ASTSource
 
 from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.plan.tiling import choose_tiles
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STATISTICS = {"LSE", "LSE2", "DELTA", "MAX_LOGITS", "SINK", "DSINK", "DLSE"}
 TABLES = {"TILES", "BAND_LIST", "BANDS"}
 
@@ -57,15 +52,10 @@ def figures(
     types = signature(kernel, constants, element)
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types[name].startswith("*")}
     source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
-        command = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder) / "kernel.cubin"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    compiled, log = compile_for_hopper(source, options)
     return {
         "registers": max(map(int, re.findall(r"Used (\d+) registers", log))),
-        "spills": sum(map(int, re.findall(r"(\d+) bytes spill stores", log))),
+        "spills": spilled_bytes(log),
         "shared": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
     }
@@ -90,7 +80,8 @@ def variants() -> dict[str, dict[str, int]]:
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
             blocks = {"BLOCK_M": rows, "BLOCK_N": cols, "ROWS_TMA": tile.rows_in_registers}
             found[f"{name} {head_dim}"] = figures(kernel, {**common, **blocks}, options)
-        delta = {**shape, "HAS_SINK": True, "HAS_DLSE": True, "BLOCK_M": 64}
+        flags = {"HAS_SINK": True, "HAS_DLSE": True, "SHIFTED": False}
+        delta = {**shape, **flags, "PACK": 1, "BLOCK_M": 64}
         found[f"delta {head_dim}"] = figures(delta_kernel, delta, {"num_warps": 4})
     return found
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from ahead_of_time import SHARED_MEMORY, run_program
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
-SHARED_MEMORY = 232448
 # Bytes that ptxas spilled when the tiles were chosen by timing, and a quarter more. The fastest tiles are those that
 # fill the registers; they may spill a little outside the inner loop.
 MOST_SPILLS = {
@@ -32,15 +25,7 @@ MATRIX_KERNELS = [name for name in MOST_SPILLS if not name.startswith("delta")]
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, int]]:
     """Figures of each kernel, from a process without the interpreter."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]),
-    }
-    program = [sys.executable, str(Path(__file__).with_name("aot_compile.py"))]
-    result = subprocess.run(program, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return run_program("aot_compile.py")
 
 
 @pytest.mark.parametrize("name", MATRIX_KERNELS)

@@ -1,0 +1,78 @@
+"""Calls whose Hopper kernels are compiled ahead of time, by the library's own tables, and edits that must be noticed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from magi_attention.plan import tiling
+
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One call of the library; ``group`` query heads read a K/V head and are packed into its tiles."""
+
+    kernel: str
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    group: int = 1
+    softcap: bool = False
+    sink: bool = False
+    max_logits: bool = False
+
+    def __str__(self) -> str:
+        flags = [flag for flag in ("softcap", "sink", "max_logits") if getattr(self, flag)]
+        return " ".join([self.kernel, str(self.head_dim), ELEMENTS[self.dtype], f"pack{self.group}", *flags])
+
+
+def variants() -> list[Variant]:
+    """Every tile of the tables with every feature somewhere, and a head dimension that is padded."""
+    fp16 = torch.float16
+    found = []
+    for dim in tiling._HOPPER_FORWARD:
+        found += [
+            Variant("forward", dim),
+            Variant("forward", dim, fp16, 4, softcap=True, sink=True),
+            Variant("forward", dim, group=16, max_logits=True),
+        ]
+    for dim in tiling._HOPPER_BACKWARD:
+        found += [
+            Variant("backward", dim),
+            Variant("backward", dim, fp16, 4, softcap=True),
+            Variant("backward", dim, group=16),
+        ]
+    return [
+        *found,
+        Variant("forward", 96),
+        Variant("forward", 128, softcap=True),
+        Variant("forward", 128, sink=True),
+        Variant("backward", 96),
+    ]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A textual edit of a kernel's module that spoils the compiled ``variant`` without any message."""
+
+    variant: Variant
+    pattern: str
+    replacement: str
+
+
+SABOTAGE = {
+    # Without a spin loop in front of it, ptxas moves the wait for P V above the exponentials.
+    "no border": Edit(
+        Variant("forward", 64, max_logits=True),
+        r"\n +mbarrier\.wait\(k_full\.index\(\(it \+ 2\)[^\n]*",
+        "",
+    ),
+    # Warps that do not take the branch never arrive.
+    "barrier in a branch": Edit(
+        Variant("forward", 64),
+        r"\n( +)(p, sums, fade, pivot = reweigh\()",
+        r"\n\1named_sync(15, 128)\n\1\2",
+    ),
+}

@@ -1,0 +1,153 @@
+"""The Hopper kernels compile for sm_90, and the machine code still has the order that makes them fast and safe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ahead_of_time import SHARED_MEMORY, run_program
+from hopper_variants import SABOTAGE, variants
+
+triton = pytest.importorskip("triton", minversion="3.6")
+
+# The static array of barriers and messages beside what Triton allocates.
+STATIC_SHARED = 1024
+WARPGROUP_ROWS = 64
+WARPGROUP_THREADS = 128
+# Bytes that ptxas spills with Triton 3.6, and a little more; none where a variant is missing.
+MOST_SPILLS: dict[str, int] = {
+    "forward 64 bf16 pack1": 32,
+    "forward 64 fp16 pack4 softcap sink": 64,
+    "forward 64 bf16 pack16 max_logits": 24,
+    "forward 128 bf16 pack1": 472,
+    "forward 128 fp16 pack4 softcap sink": 392,
+    "forward 128 bf16 pack16 max_logits": 296,
+    "forward 256 bf16 pack1": 152,
+    "forward 256 fp16 pack4 softcap sink": 176,
+    "forward 256 bf16 pack16 max_logits": 40,
+    "backward 64 bf16 pack1": 296,
+    "backward 64 fp16 pack4 softcap": 1312,
+    "backward 64 bf16 pack16": 72,
+    "backward 128 bf16 pack1": 272,
+    "backward 128 fp16 pack4 softcap": 728,
+    "backward 128 bf16 pack16": 232,
+    "forward 96 bf16 pack1": 400,
+    "forward 128 bf16 pack1 softcap": 424,
+    "forward 128 bf16 pack1 sink": 464,
+    "backward 96 bf16 pack1": 288,
+}
+# Loads and stores of spilled registers on the shortest way round the block loop, likewise; of the worst consumer.
+MOST_LOCAL: dict[str, int] = {
+    "forward 128 bf16 pack1": 3,
+    "forward 128 bf16 pack16 max_logits": 46,
+    "forward 256 bf16 pack1": 10,
+    "forward 256 fp16 pack4 softcap sink": 7,
+    "backward 64 bf16 pack1": 2,
+    "backward 64 fp16 pack4 softcap": 240,
+    "backward 64 bf16 pack16": 3,
+    "backward 128 bf16 pack1": 3,
+    "backward 128 fp16 pack4 softcap": 67,
+    "backward 128 bf16 pack16": 2,
+    "forward 96 bf16 pack1": 3,
+    "forward 128 bf16 pack1 softcap": 4,
+    "backward 96 bf16 pack1": 3,
+}
+VARIANTS = {str(variant): variant for variant in variants()}
+# Matrix instructions that a warpgroup issues for a block; each takes 16 of the summed dimension.
+PRODUCTS: dict[str, Callable[[dict[str, int]], int]] = {
+    "forward_kernel": lambda c: (c["D"] + c["BLOCK_N"]) // 16,
+    # S, dP over the head dimension; dV, dK over the queries; dQ over 128 keys.
+    "backward_kernel": lambda c: (2 * c["D"] + 2 * c["BLOCK_Q"] + 128) // 16,
+    # S or dP over the head dimension; dV, dK over the queries; two quarters of dQ over 64 keys.
+    "backward_wide_kernel": lambda c: (c["D"] + 2 * c["BLOCK_Q"] + 2 * 64) // 16,
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+measured_with_3_6 = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="the bounds are those of Triton 3.6"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    """Figures of each variant and of each sabotage, from a process without the interpreter."""
+    return run_program("hopper_compile.py")
+
+
+@every_variant
+def test_products_are_not_serialised(compiled, name):
+    assert compiled[name]["warnings"] == []
+
+
+@every_variant
+def test_every_consumer_has_its_products_in_one_loop(compiled, name):
+    found = compiled[name]
+    products = PRODUCTS[found["kernel"]](found)
+    assert [loop["products"] for loop in found["loops"]] == [products] * found.get("NUM_WG", 2)
+
+
+def exponentials(found: dict[str, Any], votes: int) -> int:
+    """Fewest exponentials a thread computes while a product runs: a block's, twice where weights may be redone."""
+    columns = found["BLOCK_N"] if "BLOCK_N" in found else found["BLOCK_Q"]
+    return WARPGROUP_ROWS * columns // WARPGROUP_THREADS * (2 if votes else 1)
+
+
+@every_variant
+def test_exponentials_are_computed_beside_a_product(compiled, name):
+    found = compiled[name]
+    if found["kernel"] == "backward_wide_kernel":
+        pytest.skip("its exponentials run beside the products of the other warpgroup")
+    for loop in found["loops"]:
+        assert loop["overlapped"] >= exponentials(found, loop["votes"])
+
+
+def test_a_wait_above_the_exponentials_is_noticed(compiled):
+    found = compiled["no border"]
+    assert all(loop["overlapped"] < exponentials(found, loop["votes"]) for loop in found["loops"])
+
+
+@every_variant
+def test_a_branch_that_parts_warps_has_no_barrier(compiled, name):
+    found = compiled[name]
+    assert found["divergent_barriers"] == []
+    assert all(loop["barriers_after_votes"] == 0 for loop in found["loops"])
+    if VARIANTS[name].kernel == "forward" and not VARIANTS[name].max_logits:
+        assert found["votes"] == found["NUM_WG"] and all(loop["votes"] for loop in found["loops"])
+
+
+def test_a_barrier_in_a_branch_that_parts_warps_is_noticed(compiled):
+    found = compiled["barrier in a branch"]
+    assert len(found["divergent_barriers"]) == found["NUM_WG"]
+    assert all(loop["barriers_after_votes"] > 0 for loop in found["loops"])
+
+
+@every_variant
+def test_registers_move_from_producers_to_consumers(compiled, name):
+    found = compiled[name]
+    assert found["CONSUMER_REGS"] in found["taken"] and found["PRODUCER_REGS"] in found["given"]
+
+
+@every_variant
+def test_shared_memory_fits(compiled, name):
+    assert compiled[name]["shared"] + STATIC_SHARED <= SHARED_MEMORY
+
+
+@every_variant
+def test_no_size_is_compiled_in(compiled, name):
+    assert compiled[name]["specialised"] == []
+
+
+@measured_with_3_6
+@every_variant
+def test_spills_stay_as_measured(compiled, name):
+    assert compiled[name]["spills"] <= MOST_SPILLS.get(name, 0)
+
+
+@measured_with_3_6
+@every_variant
+def test_the_block_loop_spills_no_more_than_measured(compiled, name):
+    assert max(loop["local"] for loop in compiled[name]["loops"]) <= MOST_LOCAL.get(name, 0)
+
+
+def test_sabotage_compiles_silently(compiled):
+    assert all(compiled[name]["warnings"] == [] for name in SABOTAGE)
