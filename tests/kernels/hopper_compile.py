@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,13 @@ def edited(kernel: Any, edit: Edit) -> Any:
 
 
 def compiled_figures(name: str) -> tuple[str, dict[str, Any]]:
-    """Name and figures of a variant, or of an edit of ``SABOTAGE``."""
-    if name in SABOTAGE:
-        return name, figures(SABOTAGE[name].variant, SABOTAGE[name])
-    return name, figures(next(variant for variant in variants() if str(variant) == name))
+    """Name and figures of a variant or of an edit of ``SABOTAGE``; the error, if it does not compile."""
+    edit = SABOTAGE.get(name)
+    variant = edit.variant if edit else next(variant for variant in variants() if str(variant) == name)
+    try:
+        return name, figures(variant, edit)
+    except Exception:
+        return name, {"error": traceback.format_exc()}
 
 
 def main() -> None:

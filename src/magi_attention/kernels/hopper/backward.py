@@ -51,6 +51,7 @@ from magi_attention.kernels.hopper.primitives import (
     run_of,
     take_item,
     tanh,
+    warm_up,
 )
 
 BLOCK_K = gl.constexpr(128)
@@ -196,6 +197,7 @@ def producer(
                                 erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head,
                                                       live_keys, 0, erased, ERASE_V, BLOCK_K)  # fmt: skip
                                 started = 1
+                                warm_up(next_item, TILES, BAND_LIST, BANDS, num_tiles, num_heads_kv, wave, parts)
                             stage = it % DO_STAGES
                             raw_wait(raw + (DO_FREE + stage) * 8, ((it // DO_STAGES) & 1) ^ 1)
                             erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, live,
@@ -378,20 +380,22 @@ def consumer(
         tile_words = raw + TILE_WORDS + (tiles & 1) * 32
         dk = gl.zeros([64, D], gl.float32, o_layout)
         dv = gl.zeros([64, D], gl.float32, o_layout)
+        next_cuts = 0
         if num_blocks > 0:
             mbarrier.wait(k_full.index(0), kv_phase)
             mbarrier.wait(q_full.index(stage), phase)
             mbarrier.wait(v_full.index(0), kv_phase)
             kv_phase ^= 1
+            next_cuts = get_uniform(raw + BLOCK_WORDS + stage * 16 + 12)
             if W == 1:
                 named_sync(STAGGER, 256)  # begins when the other has finished its first exponentials
         for i in range(0, num_blocks):
             do_stage = it % DO_STAGES
+            cuts = next_cuts
             next_stage = gl.where(stage + 1 == Q_STAGES, 0, stage + 1)
             next_phase = phase ^ (next_stage == 0).to(gl.int32)
             q = q_bufs.index(stage).reshape((BLOCK_Q, D))
             do = do_bufs.index(do_stage).reshape((BLOCK_Q, D))
-            cuts = get_uniform(raw + BLOCK_WORDS + stage * 16 + 12)
             dp_start, unused_4 = gl.broadcast(delta_bufs.index(stage).load(columns)[None, :], s_zero)
             dp_start = pinned(dp_start)
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
@@ -410,6 +414,7 @@ def consumer(
                     named_arrive(STAGGER, 256)
             # The spin loop is a border: ptxas would move the wait above the exponentials.
             mbarrier.wait(q_full.index(next_stage), next_phase, pred=i + 1 < num_blocks)
+            next_cuts = get_uniform(raw + BLOCK_WORDS + next_stage * 16 + 12)
             dp = warpgroup_mma_wait(1, deps=(dp,))
             ds = p * dp
             if SOFTCAP:

@@ -94,6 +94,12 @@ CUT_ROWS = gl.constexpr(4)
 
 
 @gluon.jit
+def fresh_zero():
+    """0, computed here and now for LLVM, a constant for ptxas: else LLVM carries an operand's descriptors through a loop."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def send_q(
     Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch, head, column, live, stats_row,
     stage, erased, BLOCK_Q: gl.constexpr,
@@ -307,6 +313,24 @@ def dq_product(ds, k_smem, FIRST: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def pass_weights(p, p_smem):
+    """Store P so that the same thread of the other warpgroup finds its elements: 16-byte pieces, one address."""
+    line: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
+    # Of row and column: 4 warps, 2 rows a thread, 8 lanes; 4 pieces, 2, 4 lanes, 2 neighbours.
+    p = p.reshape([4, 2, 8, 4, 2, 4, 2]).permute([3, 0, 2, 5, 4, 1, 6]).reshape([512, 8])
+    p_smem.store(gl.convert_layout(p, line, assert_trivial=True))
+
+
+@gluon.jit
+def passed_weights(p_smem, layout: gl.constexpr):
+    """What pass_weights stored."""
+    line: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
+    p = p_smem.load(line)
+    p = p.reshape([4, 4, 8, 4, 2, 2, 2]).permute([1, 5, 2, 0, 4, 3, 6]).reshape([64, 64])
+    return gl.convert_layout(p, layout, assert_trivial=True)
+
+
+@gluon.jit
 def hide(p, tile_words, block_words, PACK: gl.constexpr, BLOCK_Q: gl.constexpr, layout: gl.constexpr):
     """Weights of a partial block: 0 where the band shows nothing. The messages are read here to spare registers."""
     unused, row_begin, row_end, unused_2 = get_words(tile_words)
@@ -388,13 +412,10 @@ def score_warpgroup(
     )
     a_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
-    k_smem = k_bufs.index(0).reshape((BLOCK_K, D))
     p_smem = p_bufs.index(0)
     ds_smem = ds_bufs.index(0)
     it = 0
-    # Counted instead of it % STAGES: there is no uniform division by three.
-    stage = 0
-    phase = 0
+    # Counted instead of it % DO_STAGES: there is no uniform division by three.
     do_stage = 0
     do_phase = 0
     kv_phase = 0
@@ -406,17 +427,18 @@ def score_warpgroup(
         dv = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
         s_zero = gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, s_layout)
         s = s_zero
+        dq = gl.zeros([64, 64], gl.float32, s_layout)
         if num_blocks > 0:
             mbarrier.wait(k_full.index(0), kv_phase)
-            mbarrier.wait(q_full.index(stage), phase)
+            mbarrier.wait(q_full.index(it & 1), (it >> 1) & 1)
             kv_phase ^= 1
-            q = q_bufs.index(stage).reshape((BLOCK_Q, D))
+            k_smem = k_bufs.index(0).reshape((BLOCK_K, D))
+            q = q_bufs.index((it + fresh_zero()) & 1).reshape((BLOCK_Q, D))
             s = warpgroup_mma(k_smem, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
         for i in range(0, num_blocks):
-            q = q_bufs.index(stage).reshape((BLOCK_Q, D))
-            next_stage = gl.where(stage + 1 == Q_STAGES, 0, stage + 1)
-            next_phase = phase ^ (next_stage == 0).to(gl.int32)
+            k_smem = k_bufs.index(fresh_zero()).reshape((BLOCK_K, D))
+            stage = it & 1
             cuts = get_uniform(raw + BLOCK_WORDS + stage * 16 + 12)
             lse = lse_bufs.index(stage).load(columns)
             if SOFTCAP:
@@ -429,19 +451,24 @@ def score_warpgroup(
                 ds_smem.store((p * (1.0 - s * s)).to(dtype))
             weights = p.to(dtype)
             raw_wait(raw + P_FREE * 8, (it & 1) ^ 1)
-            p_smem.store(weights)
+            pass_weights(weights, p_smem)
             raw_arrive_released(raw + P_FULL * 8)
             mbarrier.wait(do_full.index(do_stage), do_phase)
             do = do_bufs.index(do_stage).reshape((BLOCK_Q, HALF))
             dv = warpgroup_mma(gl.convert_layout(weights, a_layout), do, dv, is_async=True)
-            mbarrier.wait(q_full.index(next_stage), next_phase, pred=i + 1 < num_blocks)
+            mbarrier.wait(q_full.index(stage ^ 1), ((it + 1) >> 1) & 1, pred=i + 1 < num_blocks)
             # After the last block of a tile this is a product of anything, and nobody reads it.
-            next_q = q_bufs.index(next_stage).reshape((BLOCK_Q, D))
+            next_q = q_bufs.index((it + 1 + fresh_zero()) & 1).reshape((BLOCK_Q, D))
             s = warpgroup_mma(k_smem, next_q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            if i > 0:
+                put_dq(dq, dq_bufs, raw, 1, 0)
             dv = warpgroup_mma_wait(1, deps=(dv,))
             raw_arrive(raw + (DO_FREE + do_stage) * 8)
             raw_wait(raw + DS_FULL * 8, it & 1)
+            # Not earlier: now its rows have arrived, so this arrival belongs to them.
+            raw_arrive(raw + (DO_FREE + gl.where(do_stage + 1 == DO_STAGES, 0, do_stage + 1)) * 8)
             dq = dq_product(ds_smem, k_smem, 0, s_layout)
+            q = q_bufs.index((it + fresh_zero()) & 1).reshape((BLOCK_Q, D))
             dk = warpgroup_mma(ds_smem, q.slice(0, HALF, dim=1), dk, is_async=True)
             s, dq = warpgroup_mma_wait(1, deps=(s, dq))
             put_dq(dq, dq_bufs, raw, 0, 0)
@@ -450,15 +477,13 @@ def score_warpgroup(
             raw_arrive(raw + (Q_FREE + stage) * 8)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             raw_arrive(raw + DS_FREE * 8)
-            put_dq(dq, dq_bufs, raw, 1, 0)
-            stage = next_stage
-            phase = next_phase
             do_stage += 2
             do_phase ^= (do_stage >= DO_STAGES).to(gl.int32)
             do_stage = gl.where(do_stage >= DO_STAGES, do_stage - DO_STAGES, do_stage)
             it = opaque_next(it)
         if num_blocks > 0:
             raw_arrive(raw + KV_FREE * 8)
+            put_dq(dq, dq_bufs, raw, 1, 0)
         num_blocks = finish_tile(
             DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
             (dk * softmax_scale).to(dtype), dv.to(dtype), dq_bufs, raw, tiles, 0, HEAD_DIM, D, o_layout,
@@ -490,8 +515,6 @@ def gradient_warpgroup(
     p_smem = p_bufs.index(0)
     ds_smem = ds_bufs.index(0)
     it = 0
-    stage = 0
-    phase = 0
     do_stage = 0
     do_phase = 0
     kv_phase = 0
@@ -502,13 +525,15 @@ def gradient_warpgroup(
         dk = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
         dv = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
         like = gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, s_layout)
+        dq = gl.zeros([64, 64], gl.float32, s_layout)
         if num_blocks > 0:
             mbarrier.wait(k_full.index(0), kv_phase)
             mbarrier.wait(v_full.index(0), kv_phase)
             kv_phase ^= 1
         for i in range(0, num_blocks):
+            stage = it & 1
             q = q_bufs.index(stage).reshape((BLOCK_Q, D))
-            mbarrier.wait(q_full.index(stage), phase)
+            mbarrier.wait(q_full.index(stage), (it >> 1) & 1)
             dp, unused = gl.broadcast(delta_bufs.index(stage).load(columns)[None, :], like)
             dp = pinned(dp)
             first_half = do_bufs.index(do_stage).reshape((BLOCK_Q, HALF))
@@ -519,8 +544,10 @@ def gradient_warpgroup(
             second_half = do_bufs.index(second_stage).reshape((BLOCK_Q, HALF))
             mbarrier.wait(do_full.index(second_stage), second_phase)
             dp = warpgroup_mma(v_smem.slice(HALF, HALF, dim=1), second_half.permute((1, 0)), dp, is_async=True)
+            if i > 0:
+                put_dq(dq, dq_bufs, raw, 1, 1)
             raw_wait(raw + P_FULL * 8, it & 1)
-            weights = p_smem.load(s_layout)
+            weights = passed_weights(p_smem, s_layout)
             if SOFTCAP:
                 slope = ds_smem.load(s_layout)
             else:
@@ -546,14 +573,12 @@ def gradient_warpgroup(
             raw_arrive(raw + (Q_FREE + stage) * 8)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             raw_arrive(raw + DS_FREE * 8)
-            put_dq(dq, dq_bufs, raw, 1, 1)
-            stage = gl.where(stage + 1 == Q_STAGES, 0, stage + 1)
-            phase ^= (stage == 0).to(gl.int32)
             do_stage = gl.where(second_stage + 1 == DO_STAGES, 0, second_stage + 1)
             do_phase = second_phase ^ (do_stage == 0).to(gl.int32)
             it = opaque_next(it)
         if num_blocks > 0:
             raw_arrive(raw + KV_FREE * 8)
+            put_dq(dq, dq_bufs, raw, 1, 1)
         num_blocks = finish_tile(
             DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
             (dk * softmax_scale).to(dtype), dv.to(dtype), dq_bufs, raw, tiles, 1, HEAD_DIM, D, o_layout,
@@ -596,7 +621,8 @@ def backward_wide_kernel(
     v_bufs = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, 1, D], V_DESC.layout)
     q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, BLOCK_Q // PACK, PACK, D], Q_DESC.layout)
     do_bufs = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, BLOCK_Q // PACK, PACK, D // 2], DO_DESC.layout)
-    p_bufs = gl.allocate_shared_memory(dtype, [1, BLOCK_K, BLOCK_Q], swizzled)
+    straight: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0])
+    p_bufs = gl.allocate_shared_memory(dtype, [1, BLOCK_K * BLOCK_Q // 8, 8], straight)
     ds_bufs = gl.allocate_shared_memory(dtype, [1, BLOCK_K, BLOCK_Q], swizzled)
     dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ_DESC.layout)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], LSE_DESC.layout)

@@ -50,6 +50,7 @@ from magi_attention.kernels.hopper.primitives import (
     run_of,
     take_item,
     tanh,
+    warm_up,
 )
 
 # Raw barriers: Q free (one a buffer), K free, V free (one a stage).
@@ -163,6 +164,8 @@ def producer(
                     if it > 0:
                         erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, v_batch, v_head, v_column, v_live, it - 1,
                                         erased, BLOCK_N, STAGES)  # fmt: skip
+                    if begins != 0:
+                        warm_up(next_item, TILES, BAND_LIST, BANDS, num_tiles, num_units, wave, parts)
                     begins = 0
                     v_batch = batch
                     v_head = kv_head
@@ -268,24 +271,20 @@ def score(q_smem, k_smem, BLOCK_N: gl.constexpr, s_layout: gl.constexpr):
 
 
 @gluon.jit
-def finish(
-    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, o_bufs,
-    acc, pivot, total, tile_words, num_rows, num_heads,
-    W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr,
-    STAGED: gl.constexpr, rows_of_s: gl.constexpr, o_layout: gl.constexpr,
+def conclude(
+    SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, pivot, total, tile_words, num_rows, num_heads,
+    W: gl.constexpr, PACK: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, rows: gl.constexpr,
 ):  # fmt: skip
-    """Sink, lse, and out of the tile whose last product ``acc`` holds."""
-    rows_of_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    """lse of a tile, sink included, and what its rows' accumulators must be multiplied by."""
     row_begin, row_end, batch, head = get_words(tile_words)
-    first_row = row_begin + W * (64 // PACK)
-    packed = gl.arange(0, 64, layout=rows_of_s)
-    row = first_row + packed // PACK
+    packed = gl.arange(0, 64, layout=rows)
+    row = row_begin + W * (64 // PACK) + packed // PACK
     live = row < row_end
     head_of_row = head + packed % PACK
     if HAS_MAX:
         at_head = gl.where(live, pivot * LN2, -float("inf"))
         gl.atomic_max(MAX_LOGITS + head_of_row, at_head, mask=at_head > -float("inf"), sem="relaxed")
-    weight = gl.full([64], 1.0, gl.float32, rows_of_s)
+    weight = gl.full([64], 1.0, gl.float32, rows)
     if HAS_SINK:
         at_sink = batch.to(gl.int64) * stride_sb + row.to(gl.int64) * stride_st + head_of_row.to(gl.int64) * stride_sh
         sink = gl.load(SINK + at_sink, mask=live, other=-float("inf")) * LOG2E
@@ -298,8 +297,17 @@ def finish(
     lse = gl.where(seen, (pivot + gl.log2(total)) * LN2, -float("inf"))
     at_lse = (batch.to(gl.int64) * num_rows + row) * num_heads + head_of_row
     gl.store(LSE + at_lse, lse, mask=live)
-    weight = gl.convert_layout(gl.where(seen, weight / total, 0.0), rows_of_o)
-    out = rounded(acc * weight[:, None], O_DESC.dtype)
+    return gl.where(seen, weight / total, 0.0)
+
+
+@gluon.jit
+def store_out(
+    O_DESC, OUT, stride_ob, stride_ot, stride_oh, o_bufs, out, tile_words,
+    W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Write a warpgroup's rows of a finished tile."""
+    row_begin, row_end, batch, head = get_words(tile_words)
+    first_row = row_begin + W * (64 // PACK)
     if STAGED:
         staged = first_row + 64 // PACK <= row_end
     else:
@@ -310,7 +318,7 @@ def finish(
         fence_proxy()
         tma_store(O_DESC, [batch, first_row, head, 0], o_bufs.index(W))
     else:  # rows of the next tile must stay untouched
-        store_rows(OUT, stride_ob, stride_ot, stride_oh, out, batch, head, first_row, row_end, PACK, D, DV, o_layout)
+        store_rows(OUT, stride_ob, stride_ot, stride_oh, out, batch, head, first_row, row_end, PACK, D, DV, layout)
 
 
 @gluon.jit
@@ -370,12 +378,16 @@ def consumer(
             mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
             acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
             pass_turn(W, NUM_WG)
+            weight = gl.full([64], 1.0, gl.float32, rows_of_s)
+            if cuts >= BEGINS:
+                weight = conclude(SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, pivot, total, old_words,
+                                  num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, rows_of_s)  # fmt: skip
+                pivot = nothing
+                total = gl.zeros([64], gl.float32, rows_of_s)
             s = warpgroup_mma_wait(1, deps=(s,))
             raw_arrive(raw + (K_FREE + next_stage) * 8)
             if SOFTCAP:
                 s = tanh(s * cap_scale)
-            old_pivot = pivot
-            old_total = total
             p, sums, slow = weigh(s, pivot, scale, cuts, HAS_MAX, dtype, s_layout)
             fade = gl.full([64], 1.0, gl.float32, rows_of_s)
             if slow != 0:
@@ -383,9 +395,6 @@ def consumer(
                     tile_words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
                     block_words = raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16
                     s = hide(s, tile_words, block_words, W, PACK, BLOCK_N, s_layout)
-                if cuts >= BEGINS:
-                    pivot = nothing
-                    total = gl.zeros([64], gl.float32, rows_of_s)
                 p, sums, fade, pivot = reweigh(s, pivot, scale, dtype)
             total = total * fade + sums
             mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(cuts & STOP) == 0)
@@ -394,9 +403,9 @@ def consumer(
             raw_arrive(raw + (V_FREE + stage) * 8)
             p_op = gl.convert_layout(p, p_layout)
             if cuts >= BEGINS:
-                finish(O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE,
-                       MAX_LOGITS, o_bufs, acc, old_pivot, old_total, old_words, num_rows, num_heads,
-                       W, PACK, D, DV, HAS_SINK, HAS_MAX, STAGED, rows_of_s, o_layout)  # fmt: skip
+                out = rounded(acc * gl.convert_layout(weight, rows_of_o)[:, None], dtype)
+                store_out(O_DESC, OUT, stride_ob, stride_ot, stride_oh, o_bufs, out, old_words,
+                          W, PACK, D, DV, STAGED, o_layout)  # fmt: skip
                 acc = gl.zeros([64, D], gl.float32, o_layout)
             else:
                 if slow != 0:

@@ -251,6 +251,18 @@ def count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, B
 
 
 @gluon.jit
+def warm_up(item, TILES, BAND_LIST, BANDS, num_tiles, num_units, wave, parts):
+    """Bring what the next work item reads of the plan into L1: three dependent loads that would delay its first block."""
+    if item < num_tiles * num_units:
+        tile, unit = locate(item, num_tiles, num_units, wave, parts)
+        band = gl.load(BAND_LIST + gl.load(TILES + 4 * tile + 2))
+        for word in gl.static_range(0, 6, 5):
+            gl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l",
+                                      [(BANDS + 6 * band + word).to(gl.int64, bitcast=True)], dtype=gl.int32,
+                                      is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def erase_rows(groups, first_group, tail, ROWS: gl.constexpr, HALVES: gl.constexpr):
     """Zero the rows from ``tail`` on of a (ROWS, 64 * HALVES) operand, seen as groups of (8, 64) in shared memory.
 
