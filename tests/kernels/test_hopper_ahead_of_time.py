@@ -108,6 +108,7 @@ def test_exponentials_are_computed_beside_a_product(found):
 
 @pytest.mark.parametrize("name", ["no border"])
 def test_a_wait_above_the_exponentials_is_noticed(found):
+    assert len(found["loops"]) == found["NUM_WG"]
     assert all(loop["overlapped"] < exponentials(found, loop["votes"]) for loop in found["loops"])
 
 
