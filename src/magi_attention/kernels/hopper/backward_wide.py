@@ -427,7 +427,6 @@ def score_warpgroup(
         dv = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
         s_zero = gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, s_layout)
         s = s_zero
-        dq = gl.zeros([64, 64], gl.float32, s_layout)
         if num_blocks > 0:
             mbarrier.wait(k_full.index(0), kv_phase)
             mbarrier.wait(q_full.index(it & 1), (it >> 1) & 1)
@@ -460,8 +459,6 @@ def score_warpgroup(
             # After the last block of a tile this is a product of anything, and nobody reads it.
             next_q = q_bufs.index((it + 1 + fresh_zero()) & 1).reshape((BLOCK_Q, D))
             s = warpgroup_mma(k_smem, next_q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-            if i > 0:
-                put_dq(dq, dq_bufs, raw, 1, 0)
             dv = warpgroup_mma_wait(1, deps=(dv,))
             raw_arrive(raw + (DO_FREE + do_stage) * 8)
             raw_wait(raw + DS_FULL * 8, it & 1)
@@ -477,13 +474,13 @@ def score_warpgroup(
             raw_arrive(raw + (Q_FREE + stage) * 8)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             raw_arrive(raw + DS_FREE * 8)
+            put_dq(dq, dq_bufs, raw, 1, 0)
             do_stage += 2
             do_phase ^= (do_stage >= DO_STAGES).to(gl.int32)
             do_stage = gl.where(do_stage >= DO_STAGES, do_stage - DO_STAGES, do_stage)
             it = opaque_next(it)
         if num_blocks > 0:
             raw_arrive(raw + KV_FREE * 8)
-            put_dq(dq, dq_bufs, raw, 1, 0)
         num_blocks = finish_tile(
             DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
             (dk * softmax_scale).to(dtype), dv.to(dtype), dq_bufs, raw, tiles, 0, HEAD_DIM, D, o_layout,
@@ -525,7 +522,6 @@ def gradient_warpgroup(
         dk = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
         dv = gl.zeros([BLOCK_K, HALF], gl.float32, o_layout)
         like = gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, s_layout)
-        dq = gl.zeros([64, 64], gl.float32, s_layout)
         if num_blocks > 0:
             mbarrier.wait(k_full.index(0), kv_phase)
             mbarrier.wait(v_full.index(0), kv_phase)
@@ -544,8 +540,6 @@ def gradient_warpgroup(
             second_half = do_bufs.index(second_stage).reshape((BLOCK_Q, HALF))
             mbarrier.wait(do_full.index(second_stage), second_phase)
             dp = warpgroup_mma(v_smem.slice(HALF, HALF, dim=1), second_half.permute((1, 0)), dp, is_async=True)
-            if i > 0:
-                put_dq(dq, dq_bufs, raw, 1, 1)
             raw_wait(raw + P_FULL * 8, it & 1)
             weights = passed_weights(p_smem, s_layout)
             if SOFTCAP:
@@ -573,12 +567,12 @@ def gradient_warpgroup(
             raw_arrive(raw + (Q_FREE + stage) * 8)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             raw_arrive(raw + DS_FREE * 8)
+            put_dq(dq, dq_bufs, raw, 1, 1)
             do_stage = gl.where(second_stage + 1 == DO_STAGES, 0, second_stage + 1)
             do_phase = second_phase ^ (do_stage == 0).to(gl.int32)
             it = opaque_next(it)
         if num_blocks > 0:
             raw_arrive(raw + KV_FREE * 8)
-            put_dq(dq, dq_bufs, raw, 1, 1)
         num_blocks = finish_tile(
             DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
             (dk * softmax_scale).to(dtype), dv.to(dtype), dq_bufs, raw, tiles, 1, HEAD_DIM, D, o_layout,

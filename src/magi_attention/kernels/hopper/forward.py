@@ -32,6 +32,7 @@ from magi_attention.kernels.hopper.primitives import (
     LOG2E,
     NAMED_BARRIERS,
     any_in_warp,
+    count_blocks,
     erase_rows,
     fence_proxy,
     get_uniform,
@@ -71,6 +72,7 @@ CUT_ABOVE = gl.constexpr(1)
 CUT_BELOW = gl.constexpr(2)
 BEGINS = gl.constexpr(4)  # the first block of a tile
 STOP = gl.constexpr(8)  # not a block: the stream has ended
+COUNT = gl.constexpr(16)  # times the number of blocks, with BEGINS
 FAR = gl.constexpr(1 << 30)
 
 # Weights of a block may sum to this before the pivot moves: far from the largest fp16 number.
@@ -142,14 +144,16 @@ def producer(
             batch = unit // units_per_batch
             unit = unit % units_per_batch
             kv_head = unit // units_per_kv
-            begins = BEGINS
+            # The first block's message says how many the tile has; one without any gets a block of zeros, see below.
+            num_blocks = count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, BLOCK_N)
+            begins = BEGINS + COUNT * gl.maximum(num_blocks, 1)
             for at in range(list_begin, list_begin + list_count + 1):
                 if at < list_begin + list_count:
                     first, last, run_blocks, all_from, all_to, lo, hi = run_of(
                         BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK_N
                     )
                 else:
-                    # A tile without blocks gets one of zeros beyond the tensor, nothing visible: its rows' empty result.
+                    # Beyond the tensor the copy engine fills with zeros; nothing is visible: the rows' empty result.
                     first, last, all_from, all_to, lo, hi = num_cols, num_cols, num_cols, num_cols, -FAR, -FAR
                     run_blocks = (begins != 0).to(gl.int32)
                 for b in range(0, run_blocks):
@@ -209,10 +213,10 @@ def eraser(v_bufs, v_full, v_dirty, raw, D: gl.constexpr, BLOCK_N: gl.constexpr,
 
 
 @gluon.jit
-def hide(s, tile_words, block_words, W: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """Scores of a partial block: -inf where the band shows nothing."""
-    row_begin = get_word(tile_words)
-    lo, hi, end, cuts = get_words(block_words)  # relative to the block's first column
+def hide(s, raw, block, tile, W: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """Scores of a partial block: -inf where the band shows nothing. The messages are read here to spare registers."""
+    row_begin = get_word(raw + TILE_WORDS + tile % TILE_SLOTS * 16)
+    lo, hi, end, cuts = get_words(raw + BLOCK_WORDS + block % BLOCK_SLOTS * 16)  # relative to the block's first column
     row = row_begin + W * (64 // PACK) + gl.arange(0, 64, layout=gl.SliceLayout(1, layout)) // PACK
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     if (cuts & CUT_ABOVE) != 0:
@@ -322,6 +326,42 @@ def store_out(
 
 
 @gluon.jit
+def attend(
+    q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
+    W: gl.constexpr, NUM_WG: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_MAX: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Product of block ``it`` with its V, scores and softmax of the next block of the same tile."""
+    dtype: gl.constexpr = k_bufs.dtype
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    stage = it % STAGES
+    next_stage = (it + 1) % STAGES
+    cuts = get_uniform(raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16 + 12)
+    take_turn(W, NUM_WG)
+    s = score(q_smem, k_bufs.index(next_stage).reshape((BLOCK_N, D)), BLOCK_N, s_layout)
+    mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
+    acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
+    pass_turn(W, NUM_WG)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    raw_arrive(raw + (K_FREE + next_stage) * 8)
+    if SOFTCAP:
+        s = tanh(s * cap_scale)
+    p, sums, slow = weigh(s, pivot, scale, cuts, HAS_MAX, dtype, s_layout)
+    fade = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
+    if slow != 0:
+        if cuts != 0:
+            s = hide(s, raw, it + 1, tiles, W, PACK, BLOCK_N, s_layout)
+        p, sums, fade, pivot = reweigh(s, pivot, scale, dtype)
+    total = total * fade + sums
+    mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    raw_arrive(raw + (V_FREE + stage) * 8)
+    if slow != 0:
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
+    return gl.convert_layout(p, p_layout), acc, pivot, total
+
+
+@gluon.jit
 def consumer(
     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
@@ -342,8 +382,8 @@ def consumer(
     if W == NUM_WG - 1:
         pass_turn(W, NUM_WG)  # the first warpgroup begins
     mbarrier.wait(k_full.index(0), 0)
-    cuts = get_uniform(raw + BLOCK_WORDS + 12)
-    if (cuts & STOP) == 0:
+    message = get_uniform(raw + BLOCK_WORDS + 12)
+    if (message & STOP) == 0:
         # The very first block has no product to run beside.
         mbarrier.wait(q_full.index(W * Q_BUFS), 0)
         take_turn(W, NUM_WG)
@@ -353,63 +393,55 @@ def consumer(
         raw_arrive(raw + K_FREE * 8)
         if SOFTCAP:
             s = tanh(s * cap_scale)
-        if (cuts & (CUT_ABOVE + CUT_BELOW)) != 0:
-            s = hide(s, raw + TILE_WORDS, raw + BLOCK_WORDS, W, PACK, BLOCK_N, s_layout)
+        if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
+            s = hide(s, raw, 0, 0, W, PACK, BLOCK_N, s_layout)
         p, total, fade, pivot = reweigh(s, nothing, scale, dtype)
         p_op = gl.convert_layout(p, p_layout)
-        acc = gl.zeros([64, D], gl.float32, o_layout)
         it = 0
         tiles = 0
         mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES)
-        next_cuts = get_uniform(raw + BLOCK_WORDS + 16 + 12)
-        while (cuts & STOP) == 0:
-            # Block it has its weights in p_op; the next one has arrived, and may begin a tile or be the end.
+        while (message & STOP) == 0:
+            # The tile's first block has its weights in p_op, and the message after it has arrived.
+            q_smem = q_bufs.index(W * Q_BUFS + tiles % Q_BUFS).reshape((64, D))
+            acc = gl.zeros([64, D], gl.float32, o_layout)
+            for b in range(1, message // COUNT):
+                p_op, acc, pivot, total = attend(
+                    q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
+                    W, NUM_WG, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, s_layout, o_layout,
+                )  # fmt: skip
+                it += 1
+
+            # The last product of this tile, beside the first scores of the next one (of leftovers, at the end).
             stage = it % STAGES
             next_stage = (it + 1) % STAGES
-            cuts = next_cuts
-            old_words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
-            if (cuts & BEGINS) != 0:
-                raw_arrive(raw + (Q_FREE + W * Q_BUFS + tiles % Q_BUFS) * 8)
-                tiles += 1
-                mbarrier.wait(q_full.index(W * Q_BUFS + tiles % Q_BUFS), (tiles // Q_BUFS) & 1)
+            tile_words = raw + TILE_WORDS + tiles % TILE_SLOTS * 16
+            message = get_uniform(raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16 + 12)
+            raw_arrive(raw + (Q_FREE + W * Q_BUFS + tiles % Q_BUFS) * 8)
+            tiles += 1
+            buffer = W * Q_BUFS + tiles % Q_BUFS
+            mbarrier.wait(q_full.index(buffer), (tiles // Q_BUFS) & 1, pred=(message & STOP) == 0)
             take_turn(W, NUM_WG)
-            q_smem = q_bufs.index(W * Q_BUFS + tiles % Q_BUFS).reshape((64, D))
-            s = score(q_smem, k_bufs.index(next_stage).reshape((BLOCK_N, D)), BLOCK_N, s_layout)
+            s = score(q_bufs.index(buffer).reshape((64, D)), k_bufs.index(next_stage).reshape((BLOCK_N, D)), BLOCK_N,
+                      s_layout)  # fmt: skip
             mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
             acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
             pass_turn(W, NUM_WG)
-            weight = gl.full([64], 1.0, gl.float32, rows_of_s)
-            if cuts >= BEGINS:
-                weight = conclude(SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, pivot, total, old_words,
-                                  num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, rows_of_s)  # fmt: skip
-                pivot = nothing
-                total = gl.zeros([64], gl.float32, rows_of_s)
+            weight = conclude(SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, pivot, total, tile_words,
+                              num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, rows_of_s)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s,))
             raw_arrive(raw + (K_FREE + next_stage) * 8)
             if SOFTCAP:
                 s = tanh(s * cap_scale)
-            p, sums, slow = weigh(s, pivot, scale, cuts, HAS_MAX, dtype, s_layout)
-            fade = gl.full([64], 1.0, gl.float32, rows_of_s)
-            if slow != 0:
-                if (cuts & (CUT_ABOVE + CUT_BELOW)) != 0:
-                    tile_words = raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16
-                    block_words = raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16
-                    s = hide(s, tile_words, block_words, W, PACK, BLOCK_N, s_layout)
-                p, sums, fade, pivot = reweigh(s, pivot, scale, dtype)
-            total = total * fade + sums
-            mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(cuts & STOP) == 0)
-            next_cuts = get_uniform(raw + BLOCK_WORDS + (it + 2) % BLOCK_SLOTS * 16 + 12)
+            if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
+                s = hide(s, raw, it + 1, tiles, W, PACK, BLOCK_N, s_layout)
+            p, total, fade, pivot = reweigh(s, nothing, scale, dtype)
+            mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(message & STOP) == 0)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             raw_arrive(raw + (V_FREE + stage) * 8)
             p_op = gl.convert_layout(p, p_layout)
-            if cuts >= BEGINS:
-                out = rounded(acc * gl.convert_layout(weight, rows_of_o)[:, None], dtype)
-                store_out(O_DESC, OUT, stride_ob, stride_ot, stride_oh, o_bufs, out, old_words,
-                          W, PACK, D, DV, STAGED, o_layout)  # fmt: skip
-                acc = gl.zeros([64, D], gl.float32, o_layout)
-            else:
-                if slow != 0:
-                    acc = acc * gl.convert_layout(fade, rows_of_o)[:, None]
+            out = rounded(acc * gl.convert_layout(weight, rows_of_o)[:, None], dtype)
+            store_out(O_DESC, OUT, stride_ob, stride_ot, stride_oh, o_bufs, out, tile_words,
+                      W, PACK, D, DV, STAGED, o_layout)  # fmt: skip
             it += 1
     tma_store_wait(0)
     if W == 0:
