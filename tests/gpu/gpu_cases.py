@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from magi_attention.kernels.select import refusal, request_of
 from magi_attention.mask import INF, DeviceMask, Mask
-from magi_attention.testing import Case, random_case
+from magi_attention.testing import Case, assert_matches_oracle, random_case
 
 DEVICE = "cuda"
 CUTS = [0, 1, 8, 129, 130, 513, 1111]
@@ -40,3 +42,11 @@ def case_of(mask: Mask | DeviceMask, **settings) -> Case:
     return random_case(
         mask, **{"device": DEVICE, "dtype": torch.bfloat16, "heads": (4, 2), "head_dim": 128, **settings}
     )
+
+
+def check(case: Case, backend: str, **settings) -> None:
+    """``assert_matches_oracle``, where the backend takes the case."""
+    reason = refusal(backend, request_of(case.q, case.v))
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    assert_matches_oracle(case, backend=backend, **settings)

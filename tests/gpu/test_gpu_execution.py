@@ -160,12 +160,14 @@ def compiled_kernels() -> int:
     """Variants of our Triton kernels that this process has compiled."""
     from triton.runtime import JITFunction
 
+    from magi_attention.kernels.hopper import backward as hopper_backward
+    from magi_attention.kernels.hopper import forward as hopper_forward
     from magi_attention.kernels.triton import backward, forward
     from magi_attention.plan import device
 
     kernels = {
         id(value): value
-        for module in (backward, forward, device)
+        for module in (backward, forward, hopper_backward, hopper_forward, device)
         for value in vars(module).values()
         if isinstance(value, JITFunction)
     }

@@ -136,3 +136,15 @@ def hopper_backward_tile(head_dim: int) -> HopperBackwardTile:
 def packed_heads(group: int, most: int = 16) -> int:
     """Query heads of a K/V head that share a tile: the largest power of two that divides ``group``."""
     return min(group & -group, most)
+
+
+def packed_heads_backward(group: int, num_rows: int, num_bands: int) -> int:
+    """Query heads that share a Q block of the backward.
+
+    Packing rounds a run to fewer tokens, which pays for short documents; taking the heads one after the other keeps
+    fewer of them in L2 at a time, which pays for everything else.
+    """
+    return packed_heads(group) if num_rows < _SHORT_RUN * num_bands else 1
+
+
+_SHORT_RUN = 512

@@ -197,7 +197,9 @@ def producer(
                                 erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head,
                                                       live_keys, 0, erased, ERASE_V, BLOCK_K)  # fmt: skip
                                 started = 1
-                                warm_up(next_item, TILES, BAND_LIST, BANDS, num_tiles, num_heads_kv, wave, parts)
+                                warm_up(
+                                    next_item, TILES, BAND_LIST, BANDS, num_tiles, num_heads_kv, wave, parts
+                                )
                             stage = it % DO_STAGES
                             raw_wait(raw + (DO_FREE + stage) * 8, ((it // DO_STAGES) & 1) ^ 1)
                             erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, live,

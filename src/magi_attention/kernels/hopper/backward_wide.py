@@ -309,7 +309,9 @@ def put_dq(dq, dq_bufs, raw, QUARTER: gl.constexpr, W: gl.constexpr):
 def dq_product(ds, k_smem, FIRST: gl.constexpr, layout: gl.constexpr):
     """64 columns of dQ = dS K from column FIRST on, in flight."""
     zero = gl.zeros([64, 64], gl.float32, layout)
-    return warpgroup_mma(ds.permute((1, 0)), k_smem.slice(FIRST, 64, dim=1), zero, use_acc=False, is_async=True)
+    return warpgroup_mma(
+        ds.permute((1, 0)), k_smem.slice(FIRST, 64, dim=1), zero, use_acc=False, is_async=True
+    )
 
 
 @gluon.jit
@@ -444,7 +446,14 @@ def score_warpgroup(
                 s = tanh(s * cap_scale)
             p = gl.exp2(s * scale + lse[None, :])
             if cuts != 0:
-                p = hide(p, raw + TILE_WORDS + (tiles & 1) * 32, raw + BLOCK_WORDS + stage * 16, PACK, BLOCK_Q, s_layout)
+                p = hide(
+                    p,
+                    raw + TILE_WORDS + (tiles & 1) * 32,
+                    raw + BLOCK_WORDS + stage * 16,
+                    PACK,
+                    BLOCK_Q,
+                    s_layout,
+                )
             if SOFTCAP:
                 raw_wait(raw + DS_FREE * 8, (it & 1) ^ 1)
                 ds_smem.store((p * (1.0 - s * s)).to(dtype))
@@ -539,7 +548,9 @@ def gradient_warpgroup(
             second_phase = do_phase ^ (second_stage == 0).to(gl.int32)
             second_half = do_bufs.index(second_stage).reshape((BLOCK_Q, HALF))
             mbarrier.wait(do_full.index(second_stage), second_phase)
-            dp = warpgroup_mma(v_smem.slice(HALF, HALF, dim=1), second_half.permute((1, 0)), dp, is_async=True)
+            dp = warpgroup_mma(
+                v_smem.slice(HALF, HALF, dim=1), second_half.permute((1, 0)), dp, is_async=True
+            )
             raw_wait(raw + P_FULL * 8, it & 1)
             weights = passed_weights(p_smem, s_layout)
             if SOFTCAP:

@@ -117,7 +117,9 @@ def send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, head, tiles,
         slot = w * Q_BUFS + buffer
         raw_wait(raw + (Q_FREE + slot) * 8, ((tiles // Q_BUFS) & 1) ^ 1)
         mbarrier.expect(q_full.index(slot), Q_DESC.block_type.nbytes)
-        tma_load(Q_DESC, [batch, row_begin + w * (64 // PACK), head, 0], q_full.index(slot), q_bufs.index(slot))
+        tma_load(
+            Q_DESC, [batch, row_begin + w * (64 // PACK), head, 0], q_full.index(slot), q_bufs.index(slot)
+        )
 
 
 @gluon.jit
@@ -160,7 +162,9 @@ def producer(
                     column = first + b * BLOCK_N
                     cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0) + begins
                     cuts += gl.where(column < all_from, CUT_BELOW, 0)
-                    send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES)
+                    send_k(
+                        K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES
+                    )
                     if begins != 0:
                         send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, unit * PACK, tiles,
                                PACK, NUM_WG, Q_BUFS)  # fmt: skip
@@ -213,10 +217,14 @@ def eraser(v_bufs, v_full, v_dirty, raw, D: gl.constexpr, BLOCK_N: gl.constexpr,
 
 
 @gluon.jit
-def hide(s, raw, block, tile, W: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+def hide(
+    s, raw, block, tile, W: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr
+):
     """Scores of a partial block: -inf where the band shows nothing. The messages are read here to spare registers."""
     row_begin = get_word(raw + TILE_WORDS + tile % TILE_SLOTS * 16)
-    lo, hi, end, cuts = get_words(raw + BLOCK_WORDS + block % BLOCK_SLOTS * 16)  # relative to the block's first column
+    lo, hi, end, cuts = get_words(
+        raw + BLOCK_WORDS + block % BLOCK_SLOTS * 16
+    )  # relative to the block's first column
     row = row_begin + W * (64 // PACK) + gl.arange(0, 64, layout=gl.SliceLayout(1, layout)) // PACK
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     if (cuts & CUT_ABOVE) != 0:
@@ -290,7 +298,11 @@ def conclude(
         gl.atomic_max(MAX_LOGITS + head_of_row, at_head, mask=at_head > -float("inf"), sem="relaxed")
     weight = gl.full([64], 1.0, gl.float32, rows)
     if HAS_SINK:
-        at_sink = batch.to(gl.int64) * stride_sb + row.to(gl.int64) * stride_st + head_of_row.to(gl.int64) * stride_sh
+        at_sink = (
+            batch.to(gl.int64) * stride_sb
+            + row.to(gl.int64) * stride_st
+            + head_of_row.to(gl.int64) * stride_sh
+        )
         sink = gl.load(SINK + at_sink, mask=live, other=-float("inf")) * LOG2E
         peak = gl.maximum(pivot, sink)
         base = gl.where(peak == -float("inf"), 0.0, peak)
@@ -322,7 +334,9 @@ def store_out(
         fence_proxy()
         tma_store(O_DESC, [batch, first_row, head, 0], o_bufs.index(W))
     else:  # rows of the next tile must stay untouched
-        store_rows(OUT, stride_ob, stride_ot, stride_oh, out, batch, head, first_row, row_end, PACK, D, DV, layout)
+        store_rows(
+            OUT, stride_ob, stride_ot, stride_oh, out, batch, head, first_row, row_end, PACK, D, DV, layout
+        )
 
 
 @gluon.jit
@@ -374,7 +388,9 @@ def consumer(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
+    )
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     rows_of_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_of_o: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -387,7 +403,12 @@ def consumer(
         # The very first block has no product to run beside.
         mbarrier.wait(q_full.index(W * Q_BUFS), 0)
         take_turn(W, NUM_WG)
-        s = score(q_bufs.index(W * Q_BUFS).reshape((64, D)), k_bufs.index(0).reshape((BLOCK_N, D)), BLOCK_N, s_layout)
+        s = score(
+            q_bufs.index(W * Q_BUFS).reshape((64, D)),
+            k_bufs.index(0).reshape((BLOCK_N, D)),
+            BLOCK_N,
+            s_layout,
+        )
         pass_turn(W, NUM_WG)
         s = warpgroup_mma_wait(0, deps=(s,))
         raw_arrive(raw + K_FREE * 8)
@@ -435,7 +456,9 @@ def consumer(
             if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
                 s = hide(s, raw, it + 1, tiles, W, PACK, BLOCK_N, s_layout)
             p, total, fade, pivot = reweigh(s, nothing, scale, dtype)
-            mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(message & STOP) == 0)
+            mbarrier.wait(
+                k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(message & STOP) == 0
+            )
             acc = warpgroup_mma_wait(0, deps=(acc,))
             raw_arrive(raw + (V_FREE + stage) * 8)
             p_op = gl.convert_layout(p, p_layout)

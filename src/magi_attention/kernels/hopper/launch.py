@@ -15,9 +15,15 @@ from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.triton import launch as portable
 from magi_attention.kernels.triton.backward import delta_kernel, scale_dq_kernel
 from magi_attention.plan.cache import PlanKey, plan_cache
-from magi_attention.plan.tiling import hopper_backward_tile, hopper_forward_tile, packed_heads
+from magi_attention.plan.tiling import (
+    hopper_backward_tile,
+    hopper_forward_tile,
+    packed_heads,
+    packed_heads_backward,
+)
 
 _LOG2E = 1.4426950408889634
+_TINY = 1e-30
 _DELTA_ROWS = 64
 _DQ_ROWS = 64
 _PARTS = 4
@@ -72,7 +78,7 @@ def backward(
     batch, num_rows, num_heads, _ = q.shape
     num_cols, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
-    pack = packed_heads(group)
+    pack = packed_heads_backward(group, num_rows, problem.bands.shape[0])
     tile = hopper_backward_tile(head_dim)
     lse2, delta, dsink = _row_statistics(problem, out, lse, dout, dlse, pack)
     dq_sum = torch.zeros(batch * num_heads * num_rows, head_dim, dtype=torch.float32, device=q.device)
@@ -143,7 +149,8 @@ def _scales(problem: Problem) -> tuple[float, float]:
     """What takes a (capped) score to units of log2, and what takes a raw score to tanh's argument."""
     if problem.softcap > 0:
         return problem.softcap * _LOG2E, problem.softmax_scale / problem.softcap
-    return problem.softmax_scale * _LOG2E, 0.0
+    # A scale of zero would turn the -inf of a hidden score into NaN; this one turns every finite score into zero as well.
+    return max(problem.softmax_scale, _TINY) * _LOG2E, 0.0
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
