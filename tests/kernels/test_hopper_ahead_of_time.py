@@ -76,6 +76,13 @@ def found(compiled: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 @every_variant
+def test_the_library_launches_what_the_variant_says(found, name):
+    variant = VARIANTS[name]
+    assert (found["PACK"], found["SOFTCAP"]) == (variant.group, variant.softcap)
+    assert (found.get("HAS_SINK", False), found.get("HAS_MAX", False)) == (variant.sink, variant.max_logits)
+
+
+@every_variant
 def test_products_are_not_serialised(found):
     assert found["warnings"] == []
 
