@@ -64,12 +64,14 @@ def operator_inputs(with_sink: bool, dtype: torch.dtype) -> tuple[list, list]:
         0.25,
         1.5,
         True,
+        False,
+        0,
         "blockwise",
     ]
     out, lse, _ = (x.detach() for x in ops.forward(*forward))
     saved = [None if x is None else x.detach() for x in forward[:4]]
     dlse = torch.randn_like(lse) if with_sink else None
-    backward = [torch.randn_like(out), dlse, *saved, out, lse, MASK.table, 0.25, 1.5, "blockwise"]
+    backward = [torch.randn_like(out), dlse, *saved, out, lse, MASK.table, 0.25, 1.5, False, 0, "blockwise"]
     return forward, backward
 
 

@@ -11,7 +11,7 @@ from magi_attention.errors import check_count, check_number, check_tensor, check
 from magi_attention.kernels import ops
 from magi_attention.kernels.problem import stats_dtype
 from magi_attention.kernels.reference.dense import safe_logsumexp
-from magi_attention.kernels.select import choose_backend, request_of
+from magi_attention.kernels.select import check_backend, choose_backend, request_of
 from magi_attention.mask.bands import INF
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -85,7 +85,10 @@ def attention(
     scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if scale < 0:  # kernels keep a running maximum of scaled scores
         q, scale = -q, -scale
-    name = choose_backend(request_of(q, v), backend)
+    if backend is not None:
+        check_backend(backend)
+        if not torch.compiler.is_compiling():  # the operator asks again: what is traced cannot look at the device
+            choose_backend(request_of(q, v), backend)
     out, lse, max_logits = ops.forward(
         q,
         k,
@@ -97,7 +100,7 @@ def attention(
         return_max_logits,
         bool(deterministic),
         int(sm_margin),
-        name,
+        backend or "",
     )
     meta = AttnForwardMeta(lse if batched else lse[0], max_logits if return_max_logits else None)
     return (out if batched else out[0]), meta

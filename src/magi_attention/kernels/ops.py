@@ -2,7 +2,7 @@
 
 Schemas, shapes for tracing and gradients live here; importing this module imports neither Triton nor a kernel.
 Shapes: q (B, T, H, D), k (B, S, HK, D), v (B, S, HK, DV), sink (B, T, H) fp32 (one logit a row and head), bands (n, 6)
-int32 on the CPU or on q's device, out (B, T, H, DV), lse (B, T, H), max_logits (H,).
+int32 on the CPU or on q's device, backend a name or "" for the automatic choice, out (B, T, H, DV), lse (B, T, H), max_logits (H,).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from magi_attention.kernels.problem import Problem, stats_dtype
+from magi_attention.kernels.select import choose_backend, request_of
 
 _FORWARD = (
     "forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, float softmax_scale, float softcap, "
@@ -28,7 +29,8 @@ _library.define(_FORWARD)
 _library.define(_BACKWARD)
 
 
-def _implementation(backend: str) -> Any:
+def _implementation(backend: str, q: torch.Tensor, v: torch.Tensor) -> Any:
+    backend = choose_backend(request_of(q, v), backend or None)
     if backend == "hopper":
         from magi_attention.kernels.hopper import launch as hopper
 
@@ -50,14 +52,14 @@ def _forward(  # type: ignore[no-untyped-def]
     q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
-    return _implementation(backend).forward(problem, need_max_logits)
+    return _implementation(backend, q, v).forward(problem, need_max_logits)
 
 
 def _backward(  # type: ignore[no-untyped-def]
     dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, deterministic, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
-    return _implementation(backend).backward(problem, out, lse, dout, dlse)
+    return _implementation(backend, q, v).backward(problem, out, lse, dout, dlse)
 
 
 for _device in ("CPU", "CUDA"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
@@ -22,7 +23,6 @@ DESCRIPTIONS = {
 
 MAX_HEAD_DIM = 256
 
-# Looked up once: torch.compile traces the choice, and cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -43,14 +43,9 @@ def request_of(q: torch.Tensor, v: torch.Tensor) -> Request:
     return Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], capability)
 
 
-@torch.compiler.assume_constant_result
+@functools.cache
 def _capability(device_index: int | None) -> tuple[int, int]:
-    if device_index not in _capabilities:
-        _capabilities[device_index] = torch.cuda.get_device_capability(device_index)
-    return _capabilities[device_index]
-
-
-_capabilities: dict[int | None, tuple[int, int]] = {}
+    return torch.cuda.get_device_capability(device_index)
 
 
 def refusal(backend: str, request: Request) -> str | None:
@@ -76,10 +71,14 @@ def _hopper_refusal(request: Request) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _has_gluon() -> bool:
     # Asked on a Hopper GPU only: finding the module imports Triton.
-    return _HAS_TRITON and importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+    return _HAS_TRITON and _find_gluon()
+
+
+@functools.cache
+def _find_gluon() -> bool:
+    return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
 
 
 def _device_name(request: Request) -> str:
@@ -101,6 +100,12 @@ def _triton_refusal(request: Request) -> str | None:
     return None
 
 
+def check_backend(name: str) -> None:
+    """Raise ValueError unless there is a backend of this name."""
+    if name not in BACKENDS:
+        raise ValueError(complaint("backend", "one of " + ", ".join(BACKENDS), repr(name)))
+
+
 def choose_backend(request: Request, name: str | None = None) -> str:
     """The backend for ``request``.
 
@@ -114,8 +119,7 @@ def choose_backend(request: Request, name: str | None = None) -> str:
     """
     name = name or env.backend_override()
     if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(complaint("backend", "one of " + ", ".join(BACKENDS), repr(name)))
+        check_backend(name)
         reason = refusal(name, request)
         if reason is not None:
             raise NotImplementedError(f"backend {name!r}: {reason}. The backends say:\n{describe(request)}")
