@@ -87,7 +87,9 @@ def attention(
         q, scale = -q, -scale
     if backend is not None:
         check_backend(backend)
-        if not torch.compiler.is_compiling():  # the operator asks again: what is traced cannot look at the device
+        if (
+            not torch.compiler.is_compiling()
+        ):  # the operator asks again: what is traced cannot look at the device
             choose_backend(request_of(q, v), backend)
     out, lse, max_logits = ops.forward(
         q,

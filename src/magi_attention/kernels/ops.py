@@ -2,7 +2,8 @@
 
 Schemas, shapes for tracing and gradients live here; importing this module imports neither Triton nor a kernel.
 Shapes: q (B, T, H, D), k (B, S, HK, D), v (B, S, HK, DV), sink (B, T, H) fp32 (one logit a row and head), bands (n, 6)
-int32 on the CPU or on q's device, backend a name or "" for the automatic choice, out (B, T, H, DV), lse (B, T, H), max_logits (H,).
+int32 on the CPU or on q's device, backend a name or "" for the automatic choice, out (B, T, H, DV), lse (B, T, H),
+max_logits (H,).
 """
 
 from __future__ import annotations

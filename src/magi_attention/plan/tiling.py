@@ -63,7 +63,7 @@ def choose_tiles(kernel: str, head_dim: int, element_size: int) -> TileConfig:
 
 @dataclass(frozen=True)
 class HopperForwardTile:
-    """Tile of the Hopper forward: ``num_warpgroups`` times 64 rows, ``block_cols`` keys a step, ``num_stages`` K/V blocks.
+    """Tile of the Hopper forward: ``num_warpgroups`` times 64 rows, ``block_cols`` keys a step, a ring of ``num_stages``.
 
     A row is one query head of one token; heads of a group that share a tile are packed. With two Q buffers the next
     tile's queries arrive early; staged output goes out by the copy engine, else straight from registers. The registers
@@ -105,8 +105,8 @@ def hopper_forward_tile(head_dim: int) -> HopperForwardTile:
 class HopperBackwardTile:
     """Tile of the Hopper backward: two warpgroups own ``block_keys`` keys and walk ``block_queries`` rows a step.
 
-    A row is one query head of one token, as in the forward. The registers are those of a consumer's and of a
-    producer's thread.
+    A row is one query head of one token, as in the forward. Beyond head dimension 128 ``do_stages`` counts halves of a
+    block. The registers are those of a consumer's and of a producer's thread.
     """
 
     block_keys: int
@@ -125,11 +125,12 @@ class HopperBackwardTile:
 _HOPPER_BACKWARD = {
     64: HopperBackwardTile(128, 128, 3, 2, 240, 24),
     128: HopperBackwardTile(128, 64, 3, 2, 240, 24),
+    256: HopperBackwardTile(64, 64, 2, 3, 240, 24),
 }
 
 
 def hopper_backward_tile(head_dim: int) -> HopperBackwardTile:
-    """Tile of the Hopper backward for a head dimension of at most 128."""
+    """Tile of the Hopper backward for a head dimension of at most 256."""
     return _HOPPER_BACKWARD[min(size for size in _HOPPER_BACKWARD if size >= head_dim)]
 
 

@@ -6,8 +6,8 @@
 Two consumer warpgroups own 64 keys each and keep dK and dV in registers. dS goes through shared memory, because each
 warpgroup computes one half of dQ from all 128 keys; that product is taken one block late, so the warpgroups may drift
 apart by a block and one computes exponentials while the other multiplies. Two writer warps reduce dQ into an
-fp32 buffer in global memory. A producer warp pulls tiles off a work counter and feeds K, V and the Q, dO rings; an eraser warp
-zeroes rows beyond a run. The query heads of a K/V head are walked inside a tile: dK and dV need no atomics.
+fp32 buffer in global memory. A producer warp pulls tiles off a work counter and feeds K, V and the Q, dO rings; an eraser
+warp zeroes rows beyond a run. The query heads of a K/V head are walked inside a tile: dK and dV need no atomics.
 
 Tiles and runs are those of the transposed mask: a tile's rows are keys, a run's columns queries. PACK query heads share a
 Q block: its BLOCK_Q rows are BLOCK_Q / PACK tokens x PACK heads. Row statistics (-lse in units of log2, -delta) and the
@@ -89,8 +89,8 @@ CUT_ROWS = gl.constexpr(4)
 
 @gluon.jit
 def send_q(
-    Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch, head, column, live, stats_row, it,
-    erased, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+    Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch, head, column, live,
+    stats_row, it, erased, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     stage = it % STAGES
     nbytes: gl.constexpr = Q_DESC.block_type.nbytes + 2 * LSE_DESC.block_type.nbytes
@@ -130,7 +130,8 @@ def send_operand(DESC, bufs, full, dirty, raw, batch, first, head, live, stage, 
 def producer(
     Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
     k_full, v_full, q_full, do_full, dirty, raw,
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts, num_queries, num_keys, stats_stride,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
+    num_queries, num_keys, stats_stride,
     PACK: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = BLOCK_Q // PACK
@@ -163,7 +164,7 @@ def producer(
                                       ERASE_K, BLOCK_K)  # fmt: skip
                 started = 0
                 rows_cut = gl.where(row_end - row_begin < BLOCK_K, CUT_ROWS, 0)
-                for sub in range(0, units_per_kv):
+                for sub in range(units_per_kv):
                     unit = kv_head * units_per_kv + sub
                     unit_row = (batch * heads_per_batch * units_per_kv + unit) * num_queries
                     for at in range(list_begin, list_begin + list_count):
@@ -172,7 +173,7 @@ def producer(
                         )
                         # Tiles that see the same queries begin at different ones: their sums meet less often.
                         b = (gl.maximum(row_begin - first, 0) // TOKENS) % gl.maximum(run_blocks, 1)
-                        for step in range(0, run_blocks):
+                        for _step in range(run_blocks):
                             column = first + b * TOKENS
                             cuts = gl.where(column + TOKENS > all_to, CUT_ABOVE, 0) + rows_cut
                             cuts += gl.where(column < all_from, CUT_BELOW, 0)
@@ -191,8 +192,10 @@ def producer(
                                 cuts,
                             )
                             put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, dq_row, 0, 0, 0)
-                            erased = send_q(Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw,
-                                            batch, unit * PACK, column, live, stats_row, it, erased, BLOCK_Q, Q_STAGES)  # fmt: skip
+                            erased = send_q(
+                                Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch,
+                                unit * PACK, column, live, stats_row, it, erased, BLOCK_Q, Q_STAGES,
+                            )  # fmt: skip
                             if started == 0:
                                 erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head,
                                                       live_keys, 0, erased, ERASE_V, BLOCK_K)  # fmt: skip
@@ -241,7 +244,7 @@ def eraser(
     while kind >= 0:
         slot = done % ERASE_SLOTS
         mbarrier.wait(dirty.index(slot), (done // ERASE_SLOTS) & 1)
-        kind, stage, live, unused = get_words(raw + ERASE_WORDS + slot * 16)
+        kind, stage, live, _ = get_words(raw + ERASE_WORDS + slot * 16)
         if kind == ERASE_K:
             erase_rows(k_groups, 0, live, BLOCK_K, HALVES)
             fence_proxy()
@@ -301,7 +304,7 @@ def hide(
     layout: gl.constexpr,
 ):
     """Weights of a partial block: 0 where the band shows nothing. The messages are read here to spare registers."""
-    unused, row_begin, row_end, unused_2 = get_words(tile_words)
+    _, row_begin, row_end, _ = get_words(tile_words)
     lo, hi, end, cuts = get_words(block_words)  # relative to the block's first query
     row = row_begin + W * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, layout)) // PACK
@@ -391,14 +394,14 @@ def consumer(
             next_cuts = get_uniform(raw + BLOCK_WORDS + stage * 16 + 12)
             if W == 1:
                 named_sync(STAGGER, 256)  # begins when the other has finished its first exponentials
-        for i in range(0, num_blocks):
+        for i in range(num_blocks):
             do_stage = it % DO_STAGES
             cuts = next_cuts
             next_stage = gl.where(stage + 1 == Q_STAGES, 0, stage + 1)
             next_phase = phase ^ (next_stage == 0).to(gl.int32)
             q = q_bufs.index(stage).reshape((BLOCK_Q, D))
             do = do_bufs.index(do_stage).reshape((BLOCK_Q, D))
-            dp_start, unused_4 = gl.broadcast(delta_bufs.index(stage).load(columns)[None, :], s_zero)
+            dp_start, _wide = gl.broadcast(delta_bufs.index(stage).load(columns)[None, :], s_zero)
             dp_start = pinned(dp_start)
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             mbarrier.wait(do_full.index(do_stage), (it // DO_STAGES) & 1)
@@ -411,7 +414,7 @@ def consumer(
             if cuts != 0:
                 p = hide(p, tile_words, raw + BLOCK_WORDS + stage * 16, W, PACK, BLOCK_Q, s_layout)
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do, dv, is_async=True)
-            if W == 0:
+            if W == 0:  # noqa: SIM102  (one is known when compiling)
                 if i == 0:
                     named_arrive(STAGGER, 256)
             # The spin loop is a border: ptxas would move the wait above the exponentials.
@@ -450,15 +453,16 @@ def consumer(
             put_dq(dq, dq_bufs, raw, it - 1, W)
             raw_arrive(raw + KV_FREE * 8)
         named_sync(TOGETHER, 256)  # the other has read dS: its buffers stage the gradients
-        unused, row_begin, row_end, unused_2 = get_words(tile_words)
-        batch, kv_head, unused, unused_2 = get_words(tile_words + 16)
+        _, row_begin, row_end, _ = get_words(tile_words)
+        batch, kv_head, _, _ = get_words(tile_words + 16)
         raw_arrive(raw + (TILE_FREE + (tiles & 1)) * 8)
         first_row = row_begin + W * 64
-        store_gradient(DV_DESC, DV, stride_vb, stride_vt, stride_vh, dv.to(dtype), staging, batch, first_row, row_end, kv_head,
-                       HEAD_DIM, D, o_layout)  # fmt: skip
+        store_gradient(DV_DESC, DV, stride_vb, stride_vt, stride_vh, dv.to(dtype), staging, batch, first_row, row_end,
+                       kv_head, HEAD_DIM, D, o_layout)  # fmt: skip
         tma_store_wait(0)
-        store_gradient(DK_DESC, DK, stride_kb, stride_kt, stride_kh, (dk * softmax_scale).to(dtype), staging, batch, first_row,
-                       row_end, kv_head, HEAD_DIM, D, o_layout)  # fmt: skip
+        dk = (dk * softmax_scale).to(dtype)
+        store_gradient(DK_DESC, DK, stride_kb, stride_kt, stride_kh, dk, staging, batch, first_row, row_end,
+                       kv_head, HEAD_DIM, D, o_layout)  # fmt: skip
         tiles += 1
         raw_wait(raw + (TILE_FULL + (tiles & 1)) * 8, (tiles >> 1) & 1)
         num_blocks = get_uniform(raw + TILE_WORDS + (tiles & 1) * 32)
@@ -487,8 +491,8 @@ RUNTIME_SIZES = [
 def backward_kernel(
     Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, DQ_DESC, DK_DESC, DV_DESC,
     DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts, num_queries, num_keys,
-    stats_stride, scale, cap_scale, softmax_scale,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
+    num_queries, num_keys, stats_stride, scale, cap_scale, softmax_scale,
     PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -544,7 +548,8 @@ def backward_kernel(
                 gl.constexpr(1), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
             )),
             (producer, (
-                Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
+                Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC,
+                k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
                 k_full, v_full, q_full, do_full, dirty, raw,
                 TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
                 num_queries, num_keys, stats_stride, PACK, BLOCK_Q, Q_STAGES, DO_STAGES,

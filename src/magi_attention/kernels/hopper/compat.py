@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
@@ -35,7 +37,7 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
 
 
-def _tma_add() -> object:
+def _tma_add() -> Any:
     """fp32 reduction of a shared tile into global memory, ``tma_add(desc, coord, src)``: a builtin from 3.8 on."""
     official = getattr(tma, "async_atomic_add", None)
     if official is not None:

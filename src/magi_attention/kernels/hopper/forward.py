@@ -158,7 +158,7 @@ def producer(
                     # Beyond the tensor the copy engine fills with zeros; nothing is visible: the rows' empty result.
                     first, last, all_from, all_to, lo, hi = num_cols, num_cols, num_cols, num_cols, -FAR, -FAR
                     run_blocks = (begins != 0).to(gl.int32)
-                for b in range(0, run_blocks):
+                for b in range(run_blocks):
                     column = first + b * BLOCK_N
                     cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0) + begins
                     cuts += gl.where(column < all_from, CUT_BELOW, 0)
@@ -208,7 +208,7 @@ def eraser(v_bufs, v_full, v_dirty, raw, D: gl.constexpr, BLOCK_N: gl.constexpr,
     while stage >= 0:
         slot = done % STAGES
         mbarrier.wait(v_dirty.index(slot), (done // STAGES) & 1)
-        stage, live, unused, unused_too = get_words(raw + ERASE_WORDS + slot * 16)
+        stage, live, _, _ = get_words(raw + ERASE_WORDS + slot * 16)
         if stage >= 0:
             erase_rows(groups, stage * GROUPS, live, BLOCK_N, HALVES)
             fence_proxy()
@@ -257,7 +257,7 @@ def weigh(s, pivot, scale, cuts, HAS_MAX: gl.constexpr, dtype: gl.constexpr, lay
     slow = gl.to_tensor(1)
     p = gl.zeros([64, s.shape[1]], dtype, layout)
     sums = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
-    if not HAS_MAX:
+    if not HAS_MAX:  # noqa: SIM102  (one is known when compiling)
         if cuts == 0:
             weights = gl.exp2(s * scale - pivot[:, None])
             sums = gl.sum(weights, 1)
@@ -416,7 +416,7 @@ def consumer(
             s = tanh(s * cap_scale)
         if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
             s = hide(s, raw, 0, 0, W, PACK, BLOCK_N, s_layout)
-        p, total, fade, pivot = reweigh(s, nothing, scale, dtype)
+        p, total, _fade, pivot = reweigh(s, nothing, scale, dtype)
         p_op = gl.convert_layout(p, p_layout)
         it = 0
         tiles = 0
@@ -425,7 +425,7 @@ def consumer(
             # The tile's first block has its weights in p_op, and the message after it has arrived.
             q_smem = q_bufs.index(W * Q_BUFS + tiles % Q_BUFS).reshape((64, D))
             acc = gl.zeros([64, D], gl.float32, o_layout)
-            for b in range(1, message // COUNT):
+            for _block in range(1, message // COUNT):
                 p_op, acc, pivot, total = attend(
                     q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
                     W, NUM_WG, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, s_layout, o_layout,
@@ -455,7 +455,7 @@ def consumer(
                 s = tanh(s * cap_scale)
             if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
                 s = hide(s, raw, it + 1, tiles, W, PACK, BLOCK_N, s_layout)
-            p, total, fade, pivot = reweigh(s, nothing, scale, dtype)
+            p, total, _fade, pivot = reweigh(s, nothing, scale, dtype)
             mbarrier.wait(
                 k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(message & STOP) == 0
             )
@@ -511,11 +511,11 @@ def forward_kernel(
     SINK, stride_sb, stride_st, stride_sh,  # one sink logit a row and head
     LSE,  # fp32 (B, T, H), contiguous
     MAX_LOGITS,  # fp32 (H,), starts at -inf
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_rows, num_cols,
-    num_heads, scale, cap_scale,
+    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
+    num_rows, num_cols, num_heads, scale, cap_scale,
     PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    NUM_WG: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, STAGED: gl.constexpr, Q_BUFS: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    NUM_WG: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, STAGED: gl.constexpr,
+    Q_BUFS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """A unit is PACK query heads of one K/V head; ``num_units`` counts those of all batches."""
     dtype: gl.constexpr = Q_DESC.dtype
@@ -556,7 +556,8 @@ def forward_kernel(
                 )),
                 (producer, (
                     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
+                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
+                    num_cols,
                     PACK, BLOCK_N, STAGES, NUM_WG, Q_BUFS,
                 )),
                 (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
@@ -584,7 +585,8 @@ def forward_kernel(
                 )),
                 (producer, (
                     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
+                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
+                    num_cols,
                     PACK, BLOCK_N, STAGES, NUM_WG, Q_BUFS,
                 )),
                 (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from magi_attention.kernels.hopper.backward import backward_kernel
+from magi_attention.kernels.hopper.backward_wide import backward_wide_kernel
 from magi_attention.kernels.hopper.compat import TensorDescriptor, gl
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.operands import ALIGN, aligned, optional, strides, wave
@@ -60,7 +61,8 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         group // pack, wave(k, v, units), _PARTS, num_rows, num_cols, num_heads, scale, cap_scale,
         PACK=pack, D=dim, DV=head_dim, BLOCK_N=tile.block_cols, STAGES=tile.num_stages, NUM_WG=tile.num_warpgroups,
         SOFTCAP=problem.softcap > 0, HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits,
-        STAGED=tile.staged_out, Q_BUFS=tile.num_q_buffers, CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
+        STAGED=tile.staged_out, Q_BUFS=tile.num_q_buffers,
+        CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
         num_warps=4, maxnreg=tile.max_registers,
     )  # fmt: skip
     return out, lse, max_logits
@@ -70,32 +72,30 @@ def backward(
     problem: Problem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
-    head_dim = problem.q.shape[3]
     # dQ is summed in the order of arrival here; the portable kernels own every row that they write.
-    if _has_no_tokens(problem) or problem.deterministic or head_dim > 128:
+    if _has_no_tokens(problem) or problem.deterministic:
         return portable.backward(problem, out, lse, dout, dlse)
     q, k, v, dout = (_readable(x) for x in (problem.q, problem.k, problem.v, dout))
-    batch, num_rows, num_heads, _ = q.shape
+    batch, num_rows, num_heads, head_dim = q.shape
     num_cols, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
     pack = packed_heads_backward(group, num_rows, problem.bands.shape[0])
-    tile = hopper_backward_tile(head_dim)
+    tile, dim = hopper_backward_tile(head_dim), _padded(head_dim)
     lse2, delta, dsink = _row_statistics(problem, out, lse, dout, dlse, pack)
     dq_sum = torch.zeros(batch * num_heads * num_rows, head_dim, dtype=torch.float32, device=q.device)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     key = PlanKey(num_rows, num_cols, tile.block_keys, tile.block_queries // pack, True, q.device)
     plan = plan_cache.plan_for(problem.bands, key)
-    dim = _padded(head_dim)
-    rows, keys, half = (
-        [1, tile.block_queries // pack, pack, dim],
-        [1, tile.block_keys, 1, dim],
-        [1, 64, 1, dim],
-    )
+    # The wide kernel takes dO in halves, and each of its warpgroups stores half of the columns of dK and dV.
+    kernel, part = (backward_wide_kernel, dim // 2) if dim > 128 else (backward_kernel, dim)
+    tokens = tile.block_queries // pack
+    keys, half, stats = [1, tile.block_keys, 1, dim], [1, 64, 1, part], [tile.block_queries]
     scale, cap_scale = _scales(problem)
     grid = min(plan.num_tiles * batch * num_kv_heads, _num_programs(q.device, problem.sm_margin))
-    backward_kernel[(grid,)](
-        _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, rows),
-        _descriptor(lse2.view(-1), [tile.block_queries]), _descriptor(delta.view(-1), [tile.block_queries]), _descriptor(dq_sum, [64, 64]),
+    kernel[(grid,)](
+        _descriptor(q, [1, tokens, pack, dim]), _descriptor(k, keys), _descriptor(v, keys),
+        _descriptor(dout, [1, tokens, pack, part]),
+        _descriptor(lse2.view(-1), stats), _descriptor(delta.view(-1), stats), _descriptor(dq_sum, [64, 64]),
         _descriptor(dk, half), _descriptor(dv, half), dk, *strides(dk), dv, *strides(dv),
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * num_kv_heads,
         num_kv_heads, group // pack, wave(q, dout, num_kv_heads), _PARTS, num_rows, num_cols,

@@ -41,7 +41,7 @@ def fence_proxy():
 
 @gluon.jit
 def raw_base():
-    """Shared address of the static array. Once per kernel, before the partitions; declares any_in_warp's predicate too."""
+    """Shared address of the static array. Once per kernel, before the partitions; with any_in_warp's predicate."""
     gl.inline_asm_elementwise(
         ".reg .pred attn_any; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -187,7 +187,7 @@ def opaque_next(x):
 
 @gluon.jit
 def rounded(x, dtype: gl.constexpr):
-    """fp32 to bf16 or fp16 here and now: LLVM would sink a plain conversion below a branch and keep twice the registers."""
+    """fp32 to bf16 or fp16 here and now: LLVM would sink a plain conversion below a branch, in twice the registers."""
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16,
                                          is_pure=True, pack=2)  # fmt: skip
@@ -243,10 +243,7 @@ def count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, B
     """Blocks of all runs of a tile."""
     total = 0
     for at in range(list_begin, list_begin + list_count):
-        first, last, num_blocks, all_from, all_to, lo, hi = run_of(
-            BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK
-        )
-        total += num_blocks
+        total += run_of(BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK)[2]
     return total
 
 
@@ -254,7 +251,7 @@ def count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, B
 def warm_up(item, TILES, BAND_LIST, BANDS, num_tiles, num_units, wave, parts):
     """Bring what the next work item reads of the plan into L1: three dependent loads that would delay its first block."""
     if item < num_tiles * num_units:
-        tile, unit = locate(item, num_tiles, num_units, wave, parts)
+        tile = locate(item, num_tiles, num_units, wave, parts)[0]
         band = gl.load(BAND_LIST + gl.load(TILES + 4 * tile + 2))
         for word in gl.static_range(0, 6, 5):
             gl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l",

@@ -42,8 +42,8 @@ def delta_kernel(
     HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, SHIFTED: tl.constexpr, PACK: tl.constexpr,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """SHIFTED stores what the copy engine wants: -lse (-inf for a row that sees nothing: its weights become 0) and -delta,
-    in copies ``copy_stride`` apart, copy n shifted to the front by n * PACK, for every shift below 16 bytes."""
+    """SHIFTED stores what the copy engine wants: -lse (-inf for a row that sees nothing: its weights become 0) and
+    -delta, in copies ``copy_stride`` apart, copy n shifted to the front by n * PACK, for every shift below 16 bytes."""
     # Heads of the same rows run together: their memory is contiguous.
     head, batch = tl.program_id(0) % num_heads, tl.program_id(1)
     first_row = tl.program_id(0) // num_heads * BLOCK_M
