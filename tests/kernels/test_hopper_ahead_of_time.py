@@ -32,6 +32,9 @@ MOST_SPILLS: dict[str, int] = {
     "backward 128 bf16 pack1": 312,
     "backward 128 fp16 pack4 softcap": 784,
     "backward 128 bf16 pack16": 272,
+    "backward 256 bf16 pack1": 128,
+    "backward 256 fp16 pack4 softcap": 352,
+    "backward 256 bf16 pack16": 120,
     "forward 96 bf16 pack1": 296,
     "forward 128 bf16 pack1 softcap": 360,
     "forward 128 bf16 pack1 sink": 376,
@@ -45,6 +48,7 @@ MOST_LOCAL: dict[str, int] = {
     "backward 128 bf16 pack1": 4,
     "backward 128 fp16 pack4 softcap": 68,
     "backward 128 bf16 pack16": 4,
+    "backward 256 fp16 pack4 softcap": 27,
     "backward 96 bf16 pack1": 4,
 }
 VARIANTS = {str(variant): variant for variant in variants()}
