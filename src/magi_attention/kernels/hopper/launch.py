@@ -8,7 +8,6 @@ import torch
 import triton
 
 from magi_attention.kernels.hopper.backward import backward_kernel
-from magi_attention.kernels.hopper.backward_wide import backward_wide_kernel
 from magi_attention.kernels.hopper.compat import TensorDescriptor, gl
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.operands import ALIGN, aligned, optional, strides, wave
@@ -72,11 +71,12 @@ def backward(
     problem: Problem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
+    head_dim = problem.q.shape[3]
     # dQ is summed in the order of arrival here; the portable kernels own every row that they write.
-    if _has_no_tokens(problem) or problem.deterministic:
+    if _has_no_tokens(problem) or problem.deterministic or head_dim > 128:
         return portable.backward(problem, out, lse, dout, dlse)
     q, k, v, dout = (_readable(x) for x in (problem.q, problem.k, problem.v, dout))
-    batch, num_rows, num_heads, head_dim = q.shape
+    batch, num_rows, num_heads, _ = q.shape
     num_cols, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
     pack = packed_heads_backward(group, num_rows, problem.bands.shape[0])
@@ -86,15 +86,12 @@ def backward(
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     key = PlanKey(num_rows, num_cols, tile.block_keys, tile.block_queries // pack, True, q.device)
     plan = plan_cache.plan_for(problem.bands, key)
-    # The wide kernel takes dO in halves, and each of its warpgroups stores half of the columns of dK and dV.
-    kernel, part = (backward_wide_kernel, dim // 2) if dim > 128 else (backward_kernel, dim)
-    tokens = tile.block_queries // pack
-    keys, half, stats = [1, tile.block_keys, 1, dim], [1, 64, 1, part], [tile.block_queries]
+    rows, keys = [1, tile.block_queries // pack, pack, dim], [1, tile.block_keys, 1, dim]
+    half, stats = [1, 64, 1, dim], [tile.block_queries]
     scale, cap_scale = _scales(problem)
     grid = min(plan.num_tiles * batch * num_kv_heads, _num_programs(q.device, problem.sm_margin))
-    kernel[(grid,)](
-        _descriptor(q, [1, tokens, pack, dim]), _descriptor(k, keys), _descriptor(v, keys),
-        _descriptor(dout, [1, tokens, pack, part]),
+    backward_kernel[(grid,)](
+        _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, rows),
         _descriptor(lse2.view(-1), stats), _descriptor(delta.view(-1), stats), _descriptor(dq_sum, [64, 64]),
         _descriptor(dk, half), _descriptor(dv, half), dk, *strides(dk), dv, *strides(dv),
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * num_kv_heads,
