@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from magi_attention import DeviceMask, Mask, explain
-from magi_attention.kernels.select import BACKENDS
+from magi_attention.explain import kernel_tiles
+from magi_attention.kernels.select import BACKENDS, Request
 from magi_attention.plan.tiling import choose_tiles
 
 
@@ -40,7 +43,7 @@ def test_blocks_of_a_causal_mask_are_those_on_and_below_the_diagonal() -> None:
     size = 1024
     (forward, *_) = explain(*tensors(size), Mask.causal(size)).work
     tile = choose_tiles("forward", 64, 2)
-    assert forward.tile == tile
+    assert (forward.tile.block_rows, forward.tile.block_cols) == (tile.block_rows, tile.block_cols)
     per_tile = [
         -(-min(row + tile.block_rows, size) // tile.block_cols) for row in range(0, size, tile.block_rows)
     ]
@@ -85,3 +88,14 @@ def test_a_named_backend_that_refuses_raises() -> None:
 def test_something_else_than_a_mask_is_refused() -> None:
     with pytest.raises(TypeError, match="mask: expected Mask or DeviceMask, got ndarray"):
         explain(*tensors(10), Mask.causal(10).bands)
+
+
+def test_the_hopper_kernels_count_tokens_of_packed_heads() -> None:
+    request = Request("cuda", torch.bfloat16, 128, 128, (9, 0))
+    forward, backward = kernel_tiles("hopper", request, 4, 16384, 1)
+    assert forward == ("forward", 32, 128, False) and backward == ("backward", 128, 64, True)
+    assert (
+        kernel_tiles("hopper", request, 4, 16384, 100)[1].block_cols == 16
+    )  # short documents: heads are packed
+    wide = kernel_tiles("hopper", replace(request, head_dim=256, head_dim_v=256), 1, 16384, 1)
+    assert [tile.kernel for tile in wide] == ["forward", "backward_dq", "backward_dkdv"]

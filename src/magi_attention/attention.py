@@ -63,10 +63,11 @@ def attention(
         softcap: 0 is off.
         dropout_p, alibi_slopes: not available yet; anything but the default raises.
         return_max_logits: fill ``meta.max_logits`` (H,) fp32: the largest (capped) logit each head saw, -inf if none.
-        deterministic: ask for the same bits every time. Every present backend always gives them.
-        sm_margin: streaming multiprocessors to leave free for communication; the present kernels are not persistent
-            and leave the sharing to the GPU's scheduler, so the value has no effect.
-        backend: "triton", "blockwise" or "dense" by name, or None for the automatic choice; see ``explain``.
+        deterministic: the same gradient bits every time (out and lse always are). The Hopper backward sums dq in the
+            order of arrival; with this, the portable backward runs in its place.
+        sm_margin: streaming multiprocessors that the Hopper kernels leave free for communication; the other kernels
+            are not persistent and leave the sharing to the GPU's scheduler.
+        backend: "hopper", "triton", "blockwise" or "dense" by name, or None for the automatic choice; see ``explain``.
 
     Returns:
         out (T, H, DV) or (B, T, H, DV) in q's dtype, and ``AttnForwardMeta`` with lse (T, H) or (B, T, H), fp32

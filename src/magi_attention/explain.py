@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +14,23 @@ from magi_attention.kernels.select import MAX_HEAD_DIM, Request, choose_backend,
 from magi_attention.mask import DeviceMask, Mask
 from magi_attention.mask.bands import transpose
 from magi_attention.plan.tiles import build_plan, max_num_tiles, run_geometry
-from magi_attention.plan.tiling import TileConfig, choose_tiles
+from magi_attention.plan.tiling import (
+    HOPPER_BACKWARD_HEAD_DIM,
+    choose_tiles,
+    hopper_backward_tile,
+    hopper_forward_tile,
+    packed_heads,
+    packed_heads_backward,
+)
 
-# Kernel, and whether its tiles own keys instead of queries.
-_KERNELS = (("forward", False), ("backward_dq", False), ("backward_dkdv", True))
+
+class KernelTile(NamedTuple):
+    """Tile of one kernel: owned rows and columns a step, in tokens, and whether it owns keys instead of queries."""
+
+    kernel: str
+    block_rows: int
+    block_cols: int
+    owns_keys: bool
 
 
 @dataclass(frozen=True)
@@ -24,8 +38,8 @@ class KernelWork:
     """What one tiled kernel has to do for a mask, per head and batch entry.
 
     Attributes:
-        kernel: "forward", "backward_dq" or "backward_dkdv"; the tiles of the last own keys and walk queries.
-        tile: block sizes and launch options.
+        kernel: "forward", and "backward" or "backward_dq" and "backward_dkdv".
+        tile: its block sizes, in tokens.
         num_tiles: tiles with something to do; for a device mask the number of programs, an upper bound.
         num_runs, full_blocks, partial_blocks: runs of consecutive blocks over all tiles, blocks that every
             row of the tile sees, blocks that need the band test. None for a device mask.
@@ -33,7 +47,7 @@ class KernelWork:
     """
 
     kernel: str
-    tile: TileConfig
+    tile: KernelTile
     num_tiles: int
     num_runs: int | None = None
     full_blocks: int | None = None
@@ -59,8 +73,8 @@ class Explanation:
         backends: one line per backend, yes or why not.
         num_rows, num_cols, num_bands: size of the mask.
         area: visible pairs, one counted once per band that covers it; None for a device mask.
-        work: one entry per Triton kernel, also when another backend runs the call; empty beyond their head
-            dimensions.
+        work: one entry per kernel of the backend, or per Triton kernel when the backend has no tiles; empty beyond
+            their head dimensions.
     """
 
     backend: str
@@ -84,7 +98,7 @@ class Explanation:
             seen = f"{self.area} visible pairs, {self.density:.1%} of the rectangle"
         lines.append(f"mask: {self.num_rows} x {self.num_cols}, {self.num_bands} bands, {seen}")
         if self.work:
-            lines.append("Triton kernels, per head, tiles with the most blocks first:")
+            lines.append("kernels, per head, tiles in tokens, those with the most blocks first:")
             lines += [f"  {work}" for work in self.work]
         return "\n".join(lines)
 
@@ -96,7 +110,7 @@ def explain(
 
     Args:
         q: (T, H, D) or (B, T, H, D). k: (S, HK, D), v: (S, HK, DV), or with the batch axis. Only device,
-            dtype and head dimensions matter.
+            dtype, heads and head dimensions matter.
         mask: over T rows and S columns. A mask on a device is not waited for: its counts are upper bounds
             or None.
         backend: as in ``attention``.
@@ -108,9 +122,8 @@ def explain(
     check_type("mask", mask, (Mask, DeviceMask), "Build one with Mask.causal, ...")
     request = request_of(q, v)
     name = choose_backend(request, backend)
-    dim = max(request.head_dim, request.head_dim_v)
-    kernels = _KERNELS if dim <= MAX_HEAD_DIM else ()
-    work = tuple(_work(*kernel, mask, choose_tiles(kernel[0], dim, q.element_size())) for kernel in kernels)
+    tiles = kernel_tiles(name, request, q.shape[-2] // k.shape[-2], mask.num_rows, mask.table.shape[0])
+    work = tuple(_work(tile, mask) for tile in tiles)
     area = mask.area if isinstance(mask, Mask) else None
     size = (mask.num_rows, mask.num_cols, mask.table.shape[0])
     return Explanation(name, _reason(name, backend, request), describe(request), *size, area, work)
@@ -125,7 +138,35 @@ def _reason(name: str, asked: str | None, request: Request) -> str:
     return f"the first automatic choice that accepts {where}"
 
 
-def _work(kernel: str, owns_keys: bool, mask: Mask | DeviceMask, tile: TileConfig) -> KernelWork:
+def kernel_tiles(
+    backend: str, request: Request, group: int, num_rows: int, num_bands: int
+) -> tuple[KernelTile, ...]:
+    """Tiles of the kernels that run a call.
+
+    Args:
+        backend: its name; those without tiles are described by the Triton kernels.
+        group: query heads that share a K/V head. num_rows, num_bands: size of the mask.
+    """
+    dim = max(request.head_dim, request.head_dim_v)
+    if dim > MAX_HEAD_DIM:
+        return ()
+
+    def triton(kernel: str, owns_keys: bool = False) -> KernelTile:
+        tile = choose_tiles(kernel, dim, request.dtype.itemsize)
+        return KernelTile(kernel, tile.block_rows, tile.block_cols, owns_keys)
+
+    forward, backward = triton("forward"), (triton("backward_dq"), triton("backward_dkdv", owns_keys=True))
+    if backend == "hopper":
+        wide = hopper_forward_tile(dim)
+        forward = KernelTile("forward", wide.block_rows(packed_heads(group)), wide.block_cols, False)
+        if dim <= HOPPER_BACKWARD_HEAD_DIM:
+            tile, pack = hopper_backward_tile(dim), packed_heads_backward(group, num_rows, num_bands)
+            return forward, KernelTile("backward", tile.block_keys, tile.block_queries // pack, True)
+    return forward, *backward
+
+
+def _work(tile: KernelTile, mask: Mask | DeviceMask) -> KernelWork:
+    kernel, owns_keys = tile.kernel, tile.owns_keys
     num_rows = mask.num_cols if owns_keys else mask.num_rows
     if not isinstance(mask, Mask):
         return KernelWork(kernel, tile, max_num_tiles(num_rows, mask.table.shape[0], tile.block_rows))

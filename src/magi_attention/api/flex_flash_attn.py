@@ -80,8 +80,8 @@ def flex_flash_attn_func(
         sink_layout: "sh" (s_sink, num_heads_q) or "ssh" (num_tokens_q, s_sink, num_heads_q).
         softmax_scale: head_dim ** -0.5 when None.
         softcap: logits become ``softcap * tanh(logits / softcap)``; 0 is off.
-        deterministic: the same bits every time; every backend gives them anyway.
-        sm_margin: multiprocessors to leave free; performance hint, see ``attention``.
+        deterministic: the same gradient bits every time, see ``attention``.
+        sm_margin: multiprocessors to leave free, see ``attention``.
         disable_fwd_atomic_reduction, disable_bwd_dkv_atomic_reduction, ref_block_size, max_seqlen_q,
             max_seqlen_k, auto_range_merge, swap_ab, pack_gqa, cat_gqa, sparse_load, swap_bwd_qk_loop:
             performance hints. Checked for type, legal values and contradictions; no effect here, results do

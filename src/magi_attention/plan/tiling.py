@@ -122,6 +122,9 @@ class HopperBackwardTile:
         return (2 * self.consumer_registers + self.producer_registers) // 3
 
 
+HOPPER_BACKWARD_HEAD_DIM = 128
+"""The Hopper backward runs up to this head dimension, the Triton kernels beyond it."""
+
 _HOPPER_BACKWARD = {
     64: HopperBackwardTile(128, 128, 3, 2, 240, 24),
     128: HopperBackwardTile(128, 64, 3, 2, 240, 24),

@@ -16,6 +16,7 @@ from magi_attention.kernels.triton import launch as portable
 from magi_attention.kernels.triton.backward import delta_kernel, scale_dq_kernel
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiling import (
+    HOPPER_BACKWARD_HEAD_DIM,
     hopper_backward_tile,
     hopper_forward_tile,
     packed_heads,
@@ -26,6 +27,7 @@ _LOG2E = 1.4426950408889634
 _TINY = 1e-30
 _DELTA_ROWS = 64
 _DQ_ROWS = 64
+# The longest quarter of the tiles runs first, over all heads: what is left for the end is short.
 _PARTS = 4
 
 
@@ -73,7 +75,7 @@ def backward(
     """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
     head_dim = problem.q.shape[3]
     # dQ is summed in the order of arrival here; the portable kernels own every row that they write.
-    if _has_no_tokens(problem) or problem.deterministic or head_dim > 128:
+    if _has_no_tokens(problem) or problem.deterministic or head_dim > HOPPER_BACKWARD_HEAD_DIM:
         return portable.backward(problem, out, lse, dout, dlse)
     q, k, v, dout = (_readable(x) for x in (problem.q, problem.k, problem.v, dout))
     batch, num_rows, num_heads, _ = q.shape
