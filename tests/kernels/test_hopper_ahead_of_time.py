@@ -76,6 +76,9 @@ def compiled() -> dict[str, dict[str, Any]]:
 def found(compiled: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     """Figures of the variant or sabotage ``name``."""
     assert "error" not in compiled[name], compiled[name]["error"]
+    if compiled[name]["kernel"] is None:
+        assert VARIANTS[name].kernel == "backward" and VARIANTS[name].head_dim > 128
+        pytest.skip("the library runs the portable backward")
     return compiled[name]
 
 
