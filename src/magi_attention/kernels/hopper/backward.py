@@ -22,6 +22,7 @@ from magi_attention.kernels.hopper.compat import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma_add,
     tma_load,
     tma_store,
@@ -235,10 +236,10 @@ def eraser(
     HALVES: gl.constexpr = D // 64
     Q_GROUPS: gl.constexpr = BLOCK_Q // 8 * HALVES
     part: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_groups = k_bufs._reinterpret(k_bufs.dtype, [BLOCK_K // 8 * HALVES, 8, 64], part)
-    v_groups = v_bufs._reinterpret(v_bufs.dtype, [BLOCK_K // 8 * HALVES, 8, 64], part)
-    q_groups = q_bufs._reinterpret(q_bufs.dtype, [Q_STAGES * Q_GROUPS, 8, 64], part)
-    do_groups = do_bufs._reinterpret(do_bufs.dtype, [DO_STAGES * Q_GROUPS, 8, 64], part)
+    k_groups = reinterpret(k_bufs, k_bufs.dtype, [BLOCK_K // 8 * HALVES, 8, 64], part)
+    v_groups = reinterpret(v_bufs, v_bufs.dtype, [BLOCK_K // 8 * HALVES, 8, 64], part)
+    q_groups = reinterpret(q_bufs, q_bufs.dtype, [Q_STAGES * Q_GROUPS, 8, 64], part)
+    do_groups = reinterpret(do_bufs, do_bufs.dtype, [DO_STAGES * Q_GROUPS, 8, 64], part)
     done = 0
     kind = 0
     while kind >= 0:
@@ -371,7 +372,7 @@ def consumer(
     k_own = k_smem.slice(W * 64, 64, dim=0)
     v_own = v_bufs.index(0).reshape((BLOCK_K, D)).slice(W * 64, 64, dim=0)
     DS_PARTS: gl.constexpr = BLOCK_K * BLOCK_Q // (64 * D)
-    staging = ds_bufs._reinterpret(dtype, [2 * DS_PARTS, 1, 64, 1, D], DK_DESC.layout).index(W * DS_PARTS)
+    staging = reinterpret(ds_bufs, dtype, [2 * DS_PARTS, 1, 64, 1, D], DK_DESC.layout).index(W * DS_PARTS)
     s_zero = gl.zeros([64, BLOCK_Q], gl.float32, s_layout)
     it = 0
     # Counted instead of it % Q_STAGES: there is no uniform division by three.

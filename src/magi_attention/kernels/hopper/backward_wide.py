@@ -33,6 +33,7 @@ from magi_attention.kernels.hopper.compat import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma_add,
     tma_load,
     tma_store,
@@ -266,10 +267,10 @@ def eraser(k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, 
     SLICES: gl.constexpr = D // 64
     GROUPS: gl.constexpr = 64 // 8 * SLICES
     part: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_groups = k_bufs._reinterpret(k_bufs.dtype, [GROUPS, 8, 64], part)
-    v_groups = v_bufs._reinterpret(v_bufs.dtype, [GROUPS, 8, 64], part)
-    q_groups = q_bufs._reinterpret(q_bufs.dtype, [Q_STAGES * GROUPS, 8, 64], part)
-    do_groups = do_bufs._reinterpret(do_bufs.dtype, [DO_STAGES * (GROUPS // 2), 8, 64], part)
+    k_groups = reinterpret(k_bufs, k_bufs.dtype, [GROUPS, 8, 64], part)
+    v_groups = reinterpret(v_bufs, v_bufs.dtype, [GROUPS, 8, 64], part)
+    q_groups = reinterpret(q_bufs, q_bufs.dtype, [Q_STAGES * GROUPS, 8, 64], part)
+    do_groups = reinterpret(do_bufs, do_bufs.dtype, [DO_STAGES * (GROUPS // 2), 8, 64], part)
     done = 0
     kind = 0
     while kind >= 0:
@@ -394,7 +395,7 @@ def finish_tile(
     _, row_begin, row_end, _ = get_words(tile_words)
     batch, kv_head, _, _ = get_words(tile_words + 16)
     raw_arrive_released(raw + (TILE_FREE + (tiles & 1)) * 8)
-    staging = dq_bufs._reinterpret(DK_DESC.dtype, [2, 1, BLOCK_K, 1, HALF], DK_DESC.layout).index(W)
+    staging = reinterpret(dq_bufs, DK_DESC.dtype, [2, 1, BLOCK_K, 1, HALF], DK_DESC.layout).index(W)
     raw_wait(raw + (DQ_FREE + W) * 8, 1)  # the writer has read the last quarter
     store_gradient(DV_DESC, DV, stride_vb, stride_vt, stride_vh, dv, staging, batch, row_begin, row_end, kv_head,
                    HEAD_DIM, W)  # fmt: skip

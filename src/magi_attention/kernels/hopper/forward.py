@@ -21,6 +21,7 @@ from magi_attention.kernels.hopper.compat import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma_load,
     tma_store,
     tma_store_wait,
@@ -202,7 +203,7 @@ def eraser(v_bufs, v_full, v_dirty, raw, D: gl.constexpr, BLOCK_N: gl.constexpr,
     HALVES: gl.constexpr = D // 64
     GROUPS: gl.constexpr = BLOCK_N // 8 * HALVES
     part: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    groups = v_bufs._reinterpret(v_bufs.dtype, [STAGES * GROUPS, 8, 64], part)
+    groups = reinterpret(v_bufs, v_bufs.dtype, [STAGES * GROUPS, 8, 64], part)
     done = 0
     stage = 0
     while stage >= 0:

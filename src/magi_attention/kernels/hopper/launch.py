@@ -64,7 +64,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         SOFTCAP=problem.softcap > 0, HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits,
         STAGED=tile.staged_out, Q_BUFS=tile.num_q_buffers,
         CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
-        num_warps=4, maxnreg=tile.max_registers,
+        num_warps=4, maxnreg=tile.max_registers, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse, max_logits
 
@@ -102,7 +102,7 @@ def backward(
         PACK=pack, D=dim, HEAD_DIM=head_dim, BLOCK_Q=tile.block_queries, Q_STAGES=tile.q_stages,
         DO_STAGES=tile.do_stages, SOFTCAP=problem.softcap > 0,
         CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
-        num_warps=4, maxnreg=tile.max_registers,
+        num_warps=4, maxnreg=tile.max_registers, enable_fp_fusion=True,
     )  # fmt: skip
     dq = torch.empty_like(q)
     scale_dq_kernel[(triton.cdiv(num_rows, _DQ_ROWS) * num_heads, batch)](
