@@ -91,7 +91,7 @@ def test_a_call_that_raises_is_broken(monkeypatch, capsys):
 
 def test_a_soak_that_ran_nothing_does_not_pass():
     assert (
-        soak.main(["--device", "cpu", "--backend", "triton", "--cases", "2", "--max-tokens", "20"])
+        soak.main(["--device", "cpu", "--backend", "hopper", "--cases", "2", "--max-tokens", "20"])
         == soak.IDLE
     )
 
