@@ -12,7 +12,6 @@ from magi_attention.kernels.hopper.compat import gl, gluon
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 NAMED_BARRIERS = gl.constexpr(8)
-WORDS = gl.constexpr(512)
 
 
 @gluon.jit
