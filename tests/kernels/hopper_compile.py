@@ -40,8 +40,8 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
 
 
-def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]] | None:
-    """The Gluon kernel that the library launches for the variant, its arguments and its options; None if it has none."""
+def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]]:
+    """The Gluon kernel that the library launches for the variant, its arguments and its options."""
     tokens, heads_kv = 256, 2
     heads = heads_kv * variant.group
     q = torch.zeros(1, tokens, heads, variant.head_dim, dtype=variant.dtype)
@@ -62,8 +62,8 @@ def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]] | None:
         else:
             launch.backward(problem, q, lse, q, None)
     calls = [call for call in calls if isinstance(call[0], GluonJITFunction)]
-    assert len(calls) <= 1, f"{variant}: expected one kernel, found {len(calls)}"
-    return calls[0] if calls else None
+    assert len(calls) == 1, f"{variant}: expected one kernel, found {len(calls)}"
+    return calls[0]
 
 
 def type_of(value: Any) -> str:
@@ -79,10 +79,7 @@ def type_of(value: Any) -> str:
 
 def figures(variant: Variant, edit: Edit | None = None) -> dict[str, Any]:
     """What became of one variant: its options, and what ptxas, SASS and LLVM IR say."""
-    call = launched(variant)
-    if call is None:
-        return {"kernel": None}
-    kernel, args, options = call
+    kernel, args, options = launched(variant)
     if edit is not None:
         kernel = edited(kernel, edit)
     names = kernel.arg_names

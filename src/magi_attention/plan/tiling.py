@@ -105,8 +105,8 @@ def hopper_forward_tile(head_dim: int) -> HopperForwardTile:
 class HopperBackwardTile:
     """Tile of the Hopper backward: two warpgroups own ``block_keys`` keys and walk ``block_queries`` rows a step.
 
-    A row is one query head of one token, as in the forward. Beyond head dimension 128 ``do_stages`` counts halves of a
-    block. The registers are those of a consumer's and of a producer's thread.
+    A row is one query head of one token, as in the forward. The registers are those of a consumer's and of a producer's
+    thread.
     """
 
     block_keys: int
@@ -122,18 +122,17 @@ class HopperBackwardTile:
         return (2 * self.consumer_registers + self.producer_registers) // 3
 
 
-HOPPER_BACKWARD_HEAD_DIM = 128
-"""The Hopper backward runs up to this head dimension, the Triton kernels beyond it."""
-
 _HOPPER_BACKWARD = {
     64: HopperBackwardTile(128, 128, 3, 2, 240, 24),
     128: HopperBackwardTile(128, 64, 3, 2, 240, 24),
-    256: HopperBackwardTile(64, 64, 2, 3, 240, 24),
 }
+
+HOPPER_BACKWARD_HEAD_DIM = max(_HOPPER_BACKWARD)
+"""The Hopper backward runs up to this head dimension, the Triton kernels beyond it."""
 
 
 def hopper_backward_tile(head_dim: int) -> HopperBackwardTile:
-    """Tile of the Hopper backward for a head dimension of at most 256."""
+    """Tile of the Hopper backward for a head dimension of at most ``HOPPER_BACKWARD_HEAD_DIM``."""
     return _HOPPER_BACKWARD[min(size for size in _HOPPER_BACKWARD if size >= head_dim)]
 
 
