@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton", minversion="3.6")
 
 # The static array of barriers and messages beside what Triton allocates.
 STATIC_SHARED = 1024
+CONSUMERS = 2
 WARPGROUP_ROWS = 64
 WARPGROUP_THREADS = 128
 # Bytes that ptxas spills with Triton 3.6, and a little more; none where a variant is missing.
@@ -88,7 +89,7 @@ def test_products_are_not_serialised(found):
 @every_variant
 def test_every_consumer_has_its_products_in_one_loop(found):
     products = PRODUCTS[found["kernel"]](found)
-    assert [loop["products"] for loop in found["loops"]] == [products] * found.get("NUM_WG", 2)
+    assert [loop["products"] for loop in found["loops"]] == [products] * CONSUMERS
 
 
 def exponentials(found: dict[str, Any], votes: int) -> int:
@@ -105,7 +106,7 @@ def test_exponentials_are_computed_beside_a_product(found):
 
 @pytest.mark.parametrize("name", ["no border"])
 def test_a_wait_above_the_exponentials_is_noticed(found):
-    assert len(found["loops"]) == found["NUM_WG"]
+    assert len(found["loops"]) == CONSUMERS
     assert all(loop["overlapped"] < exponentials(found, loop["votes"]) for loop in found["loops"])
 
 
@@ -114,12 +115,12 @@ def test_a_branch_that_parts_warps_has_no_barrier(found, name):
     assert found["divergent_barriers"] == []
     assert all(loop["barriers_after_votes"] == 0 for loop in found["loops"])
     if VARIANTS[name].kernel == "forward" and not VARIANTS[name].max_logits:
-        assert found["votes"] == found["NUM_WG"] and all(loop["votes"] for loop in found["loops"])
+        assert found["votes"] == CONSUMERS and all(loop["votes"] for loop in found["loops"])
 
 
 @pytest.mark.parametrize("name", ["barrier in a branch"])
 def test_a_barrier_in_a_branch_that_parts_warps_is_noticed(found):
-    assert len(found["divergent_barriers"]) == found["NUM_WG"]
+    assert len(found["divergent_barriers"]) == CONSUMERS
     assert all(loop["barriers_after_votes"] > 0 for loop in found["loops"])
 
 

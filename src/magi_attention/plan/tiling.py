@@ -62,37 +62,40 @@ def choose_tiles(kernel: str, head_dim: int, element_size: int) -> TileConfig:
 
 
 @dataclass(frozen=True)
-class HopperForwardTile:
-    """Tile of the Hopper forward: ``num_warpgroups`` times 64 rows, ``block_cols`` keys a step, a ring of ``num_stages``.
+class HopperTile:
+    """Registers of a thread of the two consumer warpgroups, and of a thread of the producers'."""
 
-    A row is one query head of one token; heads of a group that share a tile are packed. With two Q buffers the next
-    tile's queries arrive early; staged output goes out by the copy engine, else straight from registers. The registers
-    are those of a consumer's and of a producer's thread.
-    """
-
-    num_warpgroups: int
-    block_cols: int
-    num_stages: int
-    num_q_buffers: int
-    staged_out: bool
     consumer_registers: int
     producer_registers: int
-
-    def block_rows(self, pack: int) -> int:
-        """Tokens of a tile in which ``pack`` heads share each token."""
-        return 64 * self.num_warpgroups // pack
 
     @property
     def max_registers(self) -> int:
         """Registers a thread at launch: what the partitions give up and take on top of it."""
-        consumers, producers = self.num_warpgroups * self.consumer_registers, self.producer_registers
-        return (consumers + producers) // (self.num_warpgroups + 1)
+        return (2 * self.consumer_registers + self.producer_registers) // 3
+
+
+@dataclass(frozen=True)
+class HopperForwardTile(HopperTile):
+    """Tile of the Hopper forward: two warpgroups of 64 rows, ``block_cols`` keys a step, a ring of ``num_stages``.
+
+    A row is one query head of one token; heads of a group that share a tile are packed. With two Q buffers the next
+    tile's queries arrive early; staged output goes out by the copy engine, else straight from registers.
+    """
+
+    block_cols: int
+    num_stages: int
+    num_q_buffers: int
+    staged_out: bool
+
+    def block_rows(self, pack: int) -> int:
+        """Tokens of a tile in which ``pack`` heads share each token."""
+        return 128 // pack
 
 
 _HOPPER_FORWARD = {
-    64: HopperForwardTile(2, 128, 2, 2, True, 240, 24),
-    128: HopperForwardTile(2, 128, 2, 2, True, 240, 24),
-    256: HopperForwardTile(2, 64, 2, 1, False, 240, 24),
+    64: HopperForwardTile(240, 24, 128, 2, 2, True),
+    128: HopperForwardTile(240, 24, 128, 2, 2, True),
+    256: HopperForwardTile(240, 24, 64, 2, 1, False),
 }
 
 
@@ -102,29 +105,21 @@ def hopper_forward_tile(head_dim: int) -> HopperForwardTile:
 
 
 @dataclass(frozen=True)
-class HopperBackwardTile:
+class HopperBackwardTile(HopperTile):
     """Tile of the Hopper backward: two warpgroups own ``block_keys`` keys and walk ``block_queries`` rows a step.
 
-    A row is one query head of one token, as in the forward. The registers are those of a consumer's and of a producer's
-    thread.
+    A row is one query head of one token, as in the forward.
     """
 
     block_keys: int
     block_queries: int
     q_stages: int
     do_stages: int
-    consumer_registers: int
-    producer_registers: int
-
-    @property
-    def max_registers(self) -> int:
-        """Registers a thread at launch."""
-        return (2 * self.consumer_registers + self.producer_registers) // 3
 
 
 _HOPPER_BACKWARD = {
-    64: HopperBackwardTile(128, 128, 3, 2, 240, 24),
-    128: HopperBackwardTile(128, 64, 3, 2, 240, 24),
+    64: HopperBackwardTile(240, 24, 128, 128, 3, 2),
+    128: HopperBackwardTile(240, 24, 128, 64, 3, 2),
 }
 
 HOPPER_BACKWARD_HEAD_DIM = max(_HOPPER_BACKWARD)

@@ -1,6 +1,6 @@
 """Forward on Hopper: persistent, warp-specialised, one pass over the runs of each tile.
 
-Partitions of a program: NUM_WG consumer warpgroups of 64 query rows each, a producer warp that pulls tiles off a work
+Partitions of a program: two consumer warpgroups of 64 query rows each, a producer warp that pulls tiles off a work
 counter, walks their runs and feeds K and V rings by TMA, and an eraser warp for rows of V that lie beyond a run. With
 every K block the producer sends four words: the diagonals and the last column relative to the block, and which of
 them cut it. Consumers know neither bands nor plan: they work through one endless stream of blocks, in which some begin
@@ -54,6 +54,8 @@ from magi_attention.kernels.hopper.primitives import (
     tanh,
     warm_up,
 )
+
+NUM_WG = gl.constexpr(2)
 
 # Raw barriers: Q free (one a buffer), K free, V free (one a stage).
 Q_FREE = gl.constexpr(0)
@@ -110,7 +112,7 @@ def send_v(V_DESC, v_bufs, v_full, v_dirty, raw, batch, kv_head, column, live, i
 
 @gluon.jit
 def send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, head, tiles,
-           PACK: gl.constexpr, NUM_WG: gl.constexpr, Q_BUFS: gl.constexpr):  # fmt: skip
+           PACK: gl.constexpr, Q_BUFS: gl.constexpr):  # fmt: skip
     """Load each warpgroup's rows of a tile, and say which they are."""
     put_words(raw + TILE_WORDS + (tiles % TILE_SLOTS) * 16, row_begin, row_end, batch, head)
     buffer = tiles % Q_BUFS
@@ -127,7 +129,7 @@ def send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, head, tiles,
 def producer(
     Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
-    PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, Q_BUFS: gl.constexpr,
+    PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr,
 ):  # fmt: skip
     it = 0
     erased = 0
@@ -168,7 +170,7 @@ def producer(
                     )
                     if begins != 0:
                         send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, unit * PACK, tiles,
-                               PACK, NUM_WG, Q_BUFS)  # fmt: skip
+                               PACK, Q_BUFS)  # fmt: skip
                         tiles += 1
                     if it > 0:
                         erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, v_batch, v_head, v_column, v_live, it - 1,
@@ -223,9 +225,8 @@ def hide(
 ):
     """Scores of a partial block: -inf where the band shows nothing. The messages are read here to spare registers."""
     row_begin = get_word(raw + TILE_WORDS + tile % TILE_SLOTS * 16)
-    lo, hi, end, cuts = get_words(
-        raw + BLOCK_WORDS + block % BLOCK_SLOTS * 16
-    )  # relative to the block's first column
+    # Relative to the block's first column.
+    lo, hi, end, cuts = get_words(raw + BLOCK_WORDS + block % BLOCK_SLOTS * 16)
     row = row_begin + W * (64 // PACK) + gl.arange(0, 64, layout=gl.SliceLayout(1, layout)) // PACK
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     if (cuts & CUT_ABOVE) != 0:
@@ -236,15 +237,13 @@ def hide(
 
 
 @gluon.jit
-def take_turn(W: gl.constexpr, NUM_WG: gl.constexpr):
-    if NUM_WG > 1:
-        named_sync(NAMED_BARRIERS + W, 256)
+def take_turn(W: gl.constexpr):
+    named_sync(NAMED_BARRIERS + W, 256)
 
 
 @gluon.jit
-def pass_turn(W: gl.constexpr, NUM_WG: gl.constexpr):
-    if NUM_WG > 1:
-        named_arrive(NAMED_BARRIERS + (W + 1) % NUM_WG, 256)
+def pass_turn(W: gl.constexpr):
+    named_arrive(NAMED_BARRIERS + 1 - W, 256)
 
 
 @gluon.jit
@@ -343,7 +342,7 @@ def store_out(
 @gluon.jit
 def attend(
     q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
-    W: gl.constexpr, NUM_WG: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_MAX: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Product of block ``it`` with its V, scores and softmax of the next block of the same tile."""
@@ -352,11 +351,11 @@ def attend(
     stage = it % STAGES
     next_stage = (it + 1) % STAGES
     cuts = get_uniform(raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16 + 12)
-    take_turn(W, NUM_WG)
+    take_turn(W)
     s = score(q_smem, k_bufs.index(next_stage).reshape((BLOCK_N, D)), BLOCK_N, s_layout)
     mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
     acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
-    pass_turn(W, NUM_WG)
+    pass_turn(W)
     s = warpgroup_mma_wait(1, deps=(s,))
     raw_arrive(raw + (K_FREE + next_stage) * 8)
     if SOFTCAP:
@@ -380,7 +379,7 @@ def attend(
 def consumer(
     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-    W: gl.constexpr, NUM_WG: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr,
     HAS_MAX: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
@@ -396,21 +395,21 @@ def consumer(
     rows_of_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_of_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     nothing = gl.full([64], -float("inf"), gl.float32, rows_of_s)
-    if W == NUM_WG - 1:
-        pass_turn(W, NUM_WG)  # the first warpgroup begins
+    if W == 1:
+        pass_turn(W)  # the first warpgroup begins
     mbarrier.wait(k_full.index(0), 0)
     message = get_uniform(raw + BLOCK_WORDS + 12)
     if (message & STOP) == 0:
         # The very first block has no product to run beside.
         mbarrier.wait(q_full.index(W * Q_BUFS), 0)
-        take_turn(W, NUM_WG)
+        take_turn(W)
         s = score(
             q_bufs.index(W * Q_BUFS).reshape((64, D)),
             k_bufs.index(0).reshape((BLOCK_N, D)),
             BLOCK_N,
             s_layout,
         )
-        pass_turn(W, NUM_WG)
+        pass_turn(W)
         s = warpgroup_mma_wait(0, deps=(s,))
         raw_arrive(raw + K_FREE * 8)
         if SOFTCAP:
@@ -429,7 +428,7 @@ def consumer(
             for _block in range(1, message // COUNT):
                 p_op, acc, pivot, total = attend(
                     q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
-                    W, NUM_WG, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, s_layout, o_layout,
+                    W, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, s_layout, o_layout,
                 )  # fmt: skip
                 it += 1
 
@@ -442,12 +441,12 @@ def consumer(
             tiles += 1
             buffer = W * Q_BUFS + tiles % Q_BUFS
             mbarrier.wait(q_full.index(buffer), (tiles // Q_BUFS) & 1, pred=(message & STOP) == 0)
-            take_turn(W, NUM_WG)
+            take_turn(W)
             s = score(q_bufs.index(buffer).reshape((64, D)), k_bufs.index(next_stage).reshape((BLOCK_N, D)), BLOCK_N,
                       s_layout)  # fmt: skip
             mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
             acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
-            pass_turn(W, NUM_WG)
+            pass_turn(W)
             weight = conclude(SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, pivot, total, tile_words,
                               num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, rows_of_s)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s,))
@@ -469,7 +468,7 @@ def consumer(
             it += 1
     tma_store_wait(0)
     if W == 0:
-        take_turn(W, NUM_WG)  # absorbs the last warpgroup's last pass
+        take_turn(W)  # absorbs the last warpgroup's last pass
 
 
 @gluon.jit
@@ -515,7 +514,7 @@ def forward_kernel(
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
     num_rows, num_cols, num_heads, scale, cap_scale,
     PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    NUM_WG: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, STAGED: gl.constexpr,
+    SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, STAGED: gl.constexpr,
     Q_BUFS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """A unit is PACK query heads of one K/V head; ``num_units`` counts those of all batches."""
@@ -542,56 +541,26 @@ def forward_kernel(
         raw_init(raw + (K_FREE + s) * 8, 4 * NUM_WG)
         raw_init(raw + (V_FREE + s) * 8, 4 * NUM_WG)
     fence_async_shared()
-    if NUM_WG == 2:
-        gl.warp_specialize(
-            [
-                (consumer, (
-                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(0), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
-                )),
-                (consumer, (
-                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(1), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
-                )),
-                (producer, (
-                    Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
-                    num_cols,
-                    PACK, BLOCK_N, STAGES, NUM_WG, Q_BUFS,
-                )),
-                (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
-            ],
-            [4, 1, 1],
-            [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consumer, (
-                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(0), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
-                )),
-                (consumer, (
-                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(1), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
-                )),
-                (consumer, (
-                    O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                    gl.constexpr(2), NUM_WG, PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
-                )),
-                (producer, (
-                    Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-                    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
-                    num_cols,
-                    PACK, BLOCK_N, STAGES, NUM_WG, Q_BUFS,
-                )),
-                (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
-            ],
-            [4, 4, 1, 1],
-            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consumer, (
+                O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
+                q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+                gl.constexpr(0), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
+            )),
+            (consumer, (
+                O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
+                q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+                gl.constexpr(1), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
+            )),
+            (producer, (
+                Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
+                TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
+                num_cols,
+                PACK, BLOCK_N, STAGES, Q_BUFS,
+            )),
+            (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
+        ],
+        [4, 1, 1],
+        [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+    )  # fmt: skip

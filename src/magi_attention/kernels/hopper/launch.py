@@ -60,7 +60,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         out, *strides(out), *optional(problem.sink, lse), lse, max_logits,
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * units, units,
         group // pack, wave(k, v, units), _PARTS, num_rows, num_cols, num_heads, scale, cap_scale,
-        PACK=pack, D=dim, DV=head_dim, BLOCK_N=tile.block_cols, STAGES=tile.num_stages, NUM_WG=tile.num_warpgroups,
+        PACK=pack, D=dim, DV=head_dim, BLOCK_N=tile.block_cols, STAGES=tile.num_stages,
         SOFTCAP=problem.softcap > 0, HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits,
         STAGED=tile.staged_out, Q_BUFS=tile.num_q_buffers,
         CONSUMER_REGS=tile.consumer_registers, PRODUCER_REGS=tile.producer_registers,
