@@ -276,6 +276,22 @@ def reweigh(s, pivot, scale, dtype: gl.constexpr):
 
 
 @gluon.jit
+def begin(
+    s, scale, cap_scale, message, raw, block, tile,
+    W: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr, SOFTCAP: gl.constexpr, dtype: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Weights of a tile's first block from its raw scores, their sums and the pivot."""
+    if SOFTCAP:
+        s = tanh(s * cap_scale)
+    if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
+        s = hide(s, raw, block, tile, W, PACK, BLOCK_N, layout)
+    nothing = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, layout))
+    p, total, _fade, pivot = reweigh(s, nothing, scale, dtype)
+    return p, total, pivot
+
+
+@gluon.jit
 def score(q_smem, k_smem, BLOCK_N: gl.constexpr, s_layout: gl.constexpr):
     """S = Q K^T, in flight."""
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
@@ -394,7 +410,6 @@ def consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     rows_of_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_of_o: gl.constexpr = gl.SliceLayout(1, o_layout)
-    nothing = gl.full([64], -float("inf"), gl.float32, rows_of_s)
     if W == 1:
         pass_turn(W)  # the first warpgroup begins
     mbarrier.wait(k_full.index(0), 0)
@@ -412,11 +427,9 @@ def consumer(
         pass_turn(W)
         s = warpgroup_mma_wait(0, deps=(s,))
         raw_arrive(raw + K_FREE * 8)
-        if SOFTCAP:
-            s = tanh(s * cap_scale)
-        if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
-            s = hide(s, raw, 0, 0, W, PACK, BLOCK_N, s_layout)
-        p, total, _fade, pivot = reweigh(s, nothing, scale, dtype)
+        p, total, pivot = begin(
+            s, scale, cap_scale, message, raw, 0, 0, W, PACK, BLOCK_N, SOFTCAP, dtype, s_layout
+        )
         p_op = gl.convert_layout(p, p_layout)
         it = 0
         tiles = 0
@@ -451,11 +464,8 @@ def consumer(
                               num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, rows_of_s)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s,))
             raw_arrive(raw + (K_FREE + next_stage) * 8)
-            if SOFTCAP:
-                s = tanh(s * cap_scale)
-            if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
-                s = hide(s, raw, it + 1, tiles, W, PACK, BLOCK_N, s_layout)
-            p, total, _fade, pivot = reweigh(s, nothing, scale, dtype)
+            p, total, pivot = begin(s, scale, cap_scale, message, raw, it + 1, tiles, W, PACK, BLOCK_N, SOFTCAP, dtype,
+                                    s_layout)  # fmt: skip
             mbarrier.wait(
                 k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(message & STOP) == 0
             )
