@@ -203,9 +203,21 @@ def test_the_checker_finds_environment_reads(source):
     assert not environment_lines('"""os.environ is not read here."""')
 
 
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE.parent), *sys.path])}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("module", ["magi_attention", "magi_attention.kernels.ops"])
 def test_import_leaves_triton_alone(module):
-    code = f"import sys, {module}; sys.exit('triton' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE.parent), *sys.path])}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = run_python(f"import sys, {module}; sys.exit('triton' in sys.modules)")
     assert result.returncode == 0, f"import {module} loads triton. {result.stderr}"
+
+
+@pytest.mark.parametrize("first", ["api", "attention", "explain", "testing"])
+def test_functions_are_found_whatever_was_imported_before(first):
+    result = run_python(
+        f"import magi_attention.{first}\nfrom magi_attention import attention, explain\n"
+        "assert [x.__qualname__ for x in (attention, explain)] == ['attention', 'explain']"
+    )
+    assert result.returncode == 0, result.stderr

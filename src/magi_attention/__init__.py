@@ -9,6 +9,8 @@ Names are resolved on first use, so that importing the package costs next to not
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,10 +38,23 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'magi_attention' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
-    # A submodule of the same name (attention, explain) is bound on import; the public name is the function.
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """A package whose functions ``attention`` and ``explain`` are not hidden by the modules they live in.
+
+    The import system binds a submodule in its package once it is imported, by whichever import comes first.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
