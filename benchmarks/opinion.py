@@ -7,36 +7,7 @@ from typing import Any
 
 import torch
 
-from magi_attention import attention
-from magi_attention.testing import Case, Comparison
-
-
-def results(case: Case, backend: str, **settings: Any) -> dict[str, torch.Tensor]:
-    """out, lse and the gradients of one call, by the names that ``Comparison`` has for them."""
-    leaves = {"dq": case.q, "dk": case.k, "dv": case.v}
-    if case.sink is not None:
-        leaves["dsink"] = case.sink
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    out, meta = attention(
-        leaves["dq"],
-        leaves["dk"],
-        leaves["dv"],
-        case.mask,
-        sink=leaves.get("dsink"),
-        softmax_scale=case.softmax_scale,
-        softcap=case.softcap,
-        backend=backend,
-        **settings,
-    )
-    lse = meta.lse
-    assert lse is not None
-    pairs = [(x, g) for x, g in ((out, case.dout), (lse, case.dlse)) if g is not None]
-    found = {"out": out.detach(), "lse": lse.detach()}
-    if pairs:
-        outputs, gradients = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(outputs, list(leaves.values()), gradients, allow_unused=True)
-        found |= {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
-    return found
+from magi_attention.testing import Case, Comparison, results
 
 
 def disagreements(

@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.opinion import disagreements, results, same_bits
+from benchmarks.opinion import disagreements, same_bits
 from benchmarks.peers import first_line
 from magi_attention.mask import INF, DeviceMask, Mask
-from magi_attention.testing import Case, compare, random_case
+from magi_attention.testing import Case, compare, random_case, results
 from magi_attention.testing.variants import head_major_views, packed_views, poisoned, spaced_views
 
 HUNG, BROKEN, IDLE = 2, 1, 3
@@ -215,7 +215,7 @@ def fault_of(case: Case, backend: str, seed: int, near: float) -> tuple[str, flo
     ratio = max(figure.ratio for figure in comparison.figures)
     if ratio > near or any(figure.fault for figure in comparison.figures):
         return str(comparison), ratio
-    # Every third case also without maximum logits, and with gradients that promise their bits.
+    # Every third case also with gradients that promise their bits.
     if seed // len(SPECIALISATIONS) % 3 == 0:
         poison_free_memory(case.q.device)
         found = disagreements(case, comparison, backend, deterministic=True)

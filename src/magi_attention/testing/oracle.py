@@ -79,7 +79,9 @@ def random_case(
 
 
 def compare(case: Case, *, backend: str | None = None, rows: Sequence[int] | None = None) -> Comparison:
-    """Figures of out, lse, max_logits and, with dout or dlse, of dq, dk, dv and dsink.
+    """Figures of out, lse and, with dout or dlse, of dq, dk, dv and dsink; then of a forward with max_logits.
+
+    Kernels need no running maximum that nobody asked for: with it, the call may take another way through them.
 
     Args:
         case: inputs; strides are kept. K/V rows that nobody sees, and q, dout, dlse of rows that see nothing,
@@ -88,24 +90,51 @@ def compare(case: Case, *, backend: str | None = None, rows: Sequence[int] | Non
         rows: compare these distinct rows only, in out, lse and dq: the definition is then evaluated for them
             alone, so that long inputs are affordable.
     """
-    ours = _ours(case, backend)
+    forward = replace(case, dout=None, dlse=None)
+    calls = {"": results(case, backend), " +max": results(forward, backend, return_max_logits=True)}
     wanted = case if rows is None else _restricted(case, rows)
     clean = _cleaned(wanted)
     if rows is not None:
         at = torch.as_tensor(rows, device=case.q.device)
-        ours = {
-            name: ours[name].index_select(-3 + (name == "lse"), at)
-            for name in ("out", "lse", "dq")
-            if name in ours
+        calls = {
+            label: {
+                name: ours[name].index_select(-3 + (name == "lse"), at)
+                for name in ("out", "lse", "dq")
+                if name in ours
+            }
+            for label, ours in calls.items()
         }
     exact, plain = _by_formula(clean, torch.float64), _by_formula(clean, None)
     units, zeros = _units(clean, exact), _zeros(clean)
     return Comparison(
         tuple(
-            figure(name, value, exact[name], plain[name], unit=units[name], zeros=zeros.get(name))
+            figure(name + label, value, exact[name], plain[name], unit=units[name], zeros=zeros.get(name))
+            for label, ours in calls.items()
             for name, value in ours.items()
         )
     )
+
+
+def results(case: Case, backend: str | None = None, **settings: Any) -> dict[str, torch.Tensor]:
+    """What one call of ``attention`` returns, by the names of ``Figure``: out, lse, max_logits if filled, gradients.
+
+    Args:
+        settings: as in ``attention``.
+    """
+    leaves = _leaves(case, case.q.dtype)
+    out, meta = attention(
+        leaves["dq"],
+        leaves["dk"],
+        leaves["dv"],
+        case.mask,
+        sink=leaves.get("dsink"),
+        softmax_scale=case.softmax_scale,
+        softcap=case.softcap,
+        backend=backend,
+        **settings,
+    )
+    assert meta.lse is not None
+    return _with_gradients(case, leaves, out, meta.lse, meta.max_logits)
 
 
 def assert_matches_oracle(
@@ -118,24 +147,6 @@ def assert_matches_oracle(
         settings = f"scale {case.softmax_scale}, softcap {case.softcap}, backend {backend}"
         raise AssertionError(f"attention against fp64: {shapes}, {settings}\n{case.mask!r}\n{result}")
     return result
-
-
-def _ours(case: Case, backend: str | None) -> dict[str, torch.Tensor]:
-    leaves = _leaves(case, case.q.dtype)
-    out, meta = attention(
-        leaves["dq"],
-        leaves["dk"],
-        leaves["dv"],
-        case.mask,
-        sink=leaves.get("dsink"),
-        softmax_scale=case.softmax_scale,
-        softcap=case.softcap,
-        return_max_logits=True,
-        backend=backend,
-    )
-    lse, max_logits = meta.lse, meta.max_logits
-    assert lse is not None and max_logits is not None
-    return _with_gradients(case, leaves, out, lse, max_logits)
 
 
 def _by_formula(case: Case, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -164,9 +175,15 @@ def _leaves(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _with_gradients(
-    case: Case, leaves: dict[str, torch.Tensor], out: torch.Tensor, lse: torch.Tensor, top: torch.Tensor
+    case: Case,
+    leaves: dict[str, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    max_logits: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    found = {"out": out.detach(), "lse": lse.detach(), "max_logits": top.detach()}
+    found = {"out": out.detach(), "lse": lse.detach()}
+    if max_logits is not None:
+        found["max_logits"] = max_logits.detach()
     pairs = [(x, g) for x, g in ((out, case.dout), (lse, case.dlse)) if g is not None]
     if pairs:
         outputs, gradients = zip(*((x, g.to(x.dtype)) for x, g in pairs), strict=True)

@@ -23,7 +23,7 @@ class Figure:
     """How far one tensor is from fp64.
 
     Attributes:
-        name: "out", "lse", "max_logits", "dq", "dk", "dv" or "dsink".
+        name: "out", "lse", "max_logits", "dq", "dk", "dv" or "dsink"; " +max" follows in a call with max_logits.
         error: max norm and 2-norm of the difference to fp64.
         plain: the same of the plain formula.
         bound: what ``error`` may be.
@@ -49,7 +49,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures of every tensor of one call, in the order out, lse, ..."""
+    """Figures of every tensor of the compared calls, in the order out, lse, ..."""
 
     figures: tuple[Figure, ...]
 
@@ -62,11 +62,11 @@ class Comparison:
         return all(figure.ok for figure in self.figures)
 
     def __str__(self) -> str:
-        lines = [f"{'':12}{'max error':>11}{'plain':>11}{'2-norm':>11}{'plain':>11}{'error/bound':>13}"]
+        lines = [f"{'':16}{'max error':>11}{'plain':>11}{'2-norm':>11}{'plain':>11}{'error/bound':>13}"]
         for f in self.figures:
             numbers = (f.error[0], f.plain[0], f.error[1], f.plain[1])
             columns = "".join(f"{number:11.2e}" for number in numbers)
-            lines.append(f"{f.name:12}{columns}{f.ratio:13.3f}{'' if f.ok else '  <- '}{f.fault}")
+            lines.append(f"{f.name:16}{columns}{f.ratio:13.3f}{'' if f.ok else '  <- '}{f.fault}")
         return "\n".join(lines)
 
 
