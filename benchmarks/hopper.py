@@ -93,7 +93,7 @@ def tile_of(direction: str, head_dim: int, group: int) -> tuple[int, int]:
     if direction == "backward":
         backward = tiling.hopper_backward_tile(head_dim)
         return backward.block_keys, backward.block_queries // pack
-    forward = tiling.hopper_forward_tile(head_dim)
+    forward = tiling.hopper_forward_tile(head_dim, short_runs=True)
     return forward.block_rows(pack), forward.block_cols
 
 

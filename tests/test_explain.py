@@ -98,4 +98,4 @@ def test_the_hopper_kernels_count_tokens_of_packed_heads() -> None:
         kernel_tiles("hopper", request, 4, 16384, 100)[1].block_cols == 16
     )  # short documents: heads are packed
     wide = kernel_tiles("hopper", replace(request, head_dim=256, head_dim_v=256), 1, 16384, 1)
-    assert [tile.kernel for tile in wide] == ["forward", "backward_dq", "backward_dkdv"]
+    assert wide == (("forward", 128, 64, False), ("backward", 64, 64, True))

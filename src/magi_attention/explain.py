@@ -15,8 +15,8 @@ from magi_attention.mask import DeviceMask, Mask
 from magi_attention.mask.bands import transpose
 from magi_attention.plan.tiles import build_plan, max_num_tiles, run_geometry
 from magi_attention.plan.tiling import (
-    HOPPER_BACKWARD_HEAD_DIM,
     choose_tiles,
+    has_short_runs,
     hopper_backward_tile,
     hopper_forward_tile,
     packed_heads,
@@ -157,11 +157,11 @@ def kernel_tiles(
 
     forward, backward = triton("forward"), (triton("backward_dq"), triton("backward_dkdv", owns_keys=True))
     if backend == "hopper":
-        wide = hopper_forward_tile(dim)
+        short = has_short_runs(num_rows, num_bands)
+        wide = hopper_forward_tile(dim, short)
         forward = KernelTile("forward", wide.block_rows(packed_heads(group)), wide.block_cols, False)
-        if dim <= HOPPER_BACKWARD_HEAD_DIM:
-            tile, pack = hopper_backward_tile(dim), packed_heads_backward(group, num_rows, num_bands)
-            return forward, KernelTile("backward", tile.block_keys, tile.block_queries // pack, True)
+        tile, pack = hopper_backward_tile(dim), packed_heads_backward(group, short)
+        return forward, KernelTile("backward", tile.block_keys, tile.block_queries // pack, True)
     return forward, *backward
 
 

@@ -104,3 +104,9 @@ def test_lengths_zero_and_one(sizes, place, backend):
     check(case_of(place(Mask.causal(*sizes)), dtype=torch.float32), backend)
     sink = torch.randn(2, 4, device=DEVICE)
     check(case_of(place(Mask.full(*sizes)), dtype=torch.float32, batch=2, sink=sink), backend)
+
+
+@pytest.mark.parametrize("name", ["documents", "window", "rows and keys in no band"])
+def test_deterministic_gradients(name, backend):
+    sink = torch.randn(2, 4, device=DEVICE)
+    check(poisoned(case_of(MASKS[name], sink=sink)), backend, deterministic=True)

@@ -42,12 +42,13 @@ class Recorder:
 
 def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]]:
     """The Gluon kernel that the library launches for the variant, its arguments and its options."""
-    tokens, heads_kv = 256, 2
+    tokens, heads_kv = 1024, 2
     heads = heads_kv * variant.group
     q = torch.zeros(1, tokens, heads, variant.head_dim, dtype=variant.dtype)
     k = torch.zeros(1, tokens, heads_kv, variant.head_dim, dtype=variant.dtype)
     lse = torch.zeros(1, tokens, heads)
     bands = torch.tensor([[0, tokens, 0, tokens, -(1 << 30), 0]], dtype=torch.int32)
+    bands = bands.repeat(tokens if variant.short else 1, 1)
     problem = Problem(q, k, k.clone(), lse if variant.sink else None, bands, 1.0, float(variant.softcap))
     calls: list[tuple[Any, tuple, dict[str, Any]]] = []
     replaced = {

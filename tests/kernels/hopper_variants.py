@@ -13,7 +13,7 @@ ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"
 
 @dataclass(frozen=True)
 class Variant:
-    """One call of the library; ``group`` query heads read a K/V head and are packed into its tiles."""
+    """One call of the library; ``group`` query heads read a K/V head; ``short``: the mask is one of short documents."""
 
     kernel: str
     head_dim: int
@@ -22,9 +22,10 @@ class Variant:
     softcap: bool = False
     sink: bool = False
     max_logits: bool = False
+    short: bool = False
 
     def __str__(self) -> str:
-        flags = [flag for flag in ("softcap", "sink", "max_logits") if getattr(self, flag)]
+        flags = [flag for flag in ("softcap", "sink", "max_logits", "short") if getattr(self, flag)]
         return " ".join([self.kernel, str(self.head_dim), ELEMENTS[self.dtype], f"pack{self.group}", *flags])
 
 
@@ -37,12 +38,13 @@ def variants() -> list[Variant]:
             Variant("forward", dim),
             Variant("forward", dim, fp16, 4, softcap=True, sink=True),
             Variant("forward", dim, group=16, max_logits=True),
+            Variant("forward", dim, group=4, short=True),
         ]
     for dim in tiling._HOPPER_BACKWARD:
         found += [
             Variant("backward", dim),
-            Variant("backward", dim, fp16, 4, softcap=True),
-            Variant("backward", dim, group=16),
+            Variant("backward", dim, fp16, 4, softcap=True, short=True),
+            Variant("backward", dim, group=16, short=True),
         ]
     return [
         *found,

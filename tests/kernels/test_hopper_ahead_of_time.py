@@ -18,34 +18,40 @@ WARPGROUP_ROWS = 64
 WARPGROUP_THREADS = 128
 # Bytes that ptxas spills with Triton 3.6, and a little more; none where a variant is missing.
 MOST_SPILLS: dict[str, int] = {
-    "forward 64 bf16 pack1": 32,
-    "forward 64 fp16 pack4 softcap sink": 40,
-    "forward 64 bf16 pack16 max_logits": 32,
+    "forward 64 bf16 pack1": 24,
+    "forward 64 fp16 pack4 softcap sink": 32,
+    "forward 64 bf16 pack16 max_logits": 16,
     "forward 128 bf16 pack1": 360,
     "forward 128 fp16 pack4 softcap sink": 376,
-    "forward 128 bf16 pack16 max_logits": 272,
-    "forward 256 bf16 pack1": 120,
-    "forward 256 fp16 pack4 softcap sink": 256,
+    "forward 128 bf16 pack16 max_logits": 264,
+    "forward 128 bf16 pack4 short": 24,
+    "forward 256 bf16 pack1": 80,
+    "forward 256 fp16 pack4 softcap sink": 216,
     "forward 256 bf16 pack16 max_logits": 72,
-    "backward 64 bf16 pack1": 456,
-    "backward 64 fp16 pack4 softcap": 1328,
-    "backward 64 bf16 pack16": 112,
-    "backward 128 bf16 pack1": 312,
-    "backward 128 fp16 pack4 softcap": 784,
-    "backward 128 bf16 pack16": 272,
-    "forward 96 bf16 pack1": 296,
+    "forward 256 bf16 pack4 short": 80,
+    "backward 64 bf16 pack1": 208,
+    "backward 64 fp16 pack4 softcap short": 1400,
+    "backward 64 bf16 pack16 short": 360,
+    "backward 128 bf16 pack1": 336,
+    "backward 128 fp16 pack4 softcap short": 656,
+    "backward 128 bf16 pack16 short": 112,
+    "backward 256 bf16 pack1": 128,
+    "backward 256 fp16 pack4 softcap short": 336,
+    "backward 256 bf16 pack16 short": 112,
+    "forward 96 bf16 pack1": 288,
     "forward 128 bf16 pack1 softcap": 360,
     "forward 128 bf16 pack1 sink": 376,
-    "backward 96 bf16 pack1": 312,
+    "backward 96 bf16 pack1": 336,
 }
 # Loads and stores of spilled registers on the shortest way round the block loop, likewise; of the worst consumer.
 MOST_LOCAL: dict[str, int] = {
-    "backward 64 bf16 pack1": 6,
-    "backward 64 fp16 pack4 softcap": 242,
-    "backward 64 bf16 pack16": 3,
+    "backward 64 bf16 pack1": 9,
+    "backward 64 fp16 pack4 softcap short": 302,
+    "backward 64 bf16 pack16 short": 11,
     "backward 128 bf16 pack1": 4,
-    "backward 128 fp16 pack4 softcap": 68,
-    "backward 128 bf16 pack16": 4,
+    "backward 128 fp16 pack4 softcap short": 60,
+    "backward 128 bf16 pack16 short": 3,
+    "backward 256 fp16 pack4 softcap short": 27,
     "backward 96 bf16 pack1": 4,
 }
 VARIANTS = {str(variant): variant for variant in variants()}
@@ -54,6 +60,8 @@ PRODUCTS: dict[str, Callable[[dict[str, int]], int]] = {
     "forward_kernel": lambda c: (c["D"] + c["BLOCK_N"]) // 16,
     # S, dP over the head dimension; dV, dK over the queries; dQ over 128 keys.
     "backward_kernel": lambda c: (2 * c["D"] + 2 * c["BLOCK_Q"] + 128) // 16,
+    # S or dP over the head dimension; dV, dK over the queries; two quarters of dQ over 64 keys.
+    "backward_wide_kernel": lambda c: (c["D"] + 2 * c["BLOCK_Q"] + 2 * 64) // 16,
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 measured_with_3_6 = pytest.mark.skipif(
@@ -100,6 +108,8 @@ def exponentials(found: dict[str, Any], votes: int) -> int:
 
 @every_variant
 def test_exponentials_are_computed_beside_a_product(found):
+    if found["kernel"] == "backward_wide_kernel":
+        pytest.skip("its exponentials run beside the products of the other warpgroup")
     for loop in found["loops"]:
         assert loop["overlapped"] >= exponentials(found, loop["votes"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 ALIGN = 8
@@ -11,18 +13,30 @@ ALIGN = 8
 _L2_BYTES = 40 << 20
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x`` if the kernels can read it in place (last stride 1, the others whole 16-byte steps), else a copy."""
-    in_place = x.stride(3) == 1 and x.data_ptr() % 16 == 0
-    in_place = in_place and all(
-        s % ALIGN == 0 for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1
-    )
-    return x if in_place else x.contiguous()
+def aligned(x: torch.Tensor, repeats: bool = True) -> torch.Tensor:
+    """``x`` if the kernels can read it in place (last stride 1, the others whole 16-byte steps), else a copy.
+
+    Args:
+        repeats: whether an axis may be repeated by stride 0.
+    """
+    return x if x.data_ptr() % 16 == 0 and _in_place(x.shape, x.stride(), repeats) else x.contiguous()
 
 
-def strides(x: torch.Tensor) -> list[int]:
+def strides(x: torch.Tensor) -> tuple[int, ...]:
     """Batch, token and head strides in units of 8 elements; that of an axis of length one is arbitrary: 0."""
-    return [s // ALIGN if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+    return _steps(x.shape, x.stride())
+
+
+# Asked in every call, for few shapes: looking an answer up is a tenth of finding it.
+@functools.lru_cache(maxsize=4096)
+def _in_place(shape: tuple[int, ...], stride: tuple[int, ...], repeats: bool) -> bool:
+    steps = [s for s, n in zip(stride[:3], shape, strict=False) if n > 1]
+    return stride[3] == 1 and all(s % ALIGN == 0 and (repeats or s != 0) for s in steps)
+
+
+@functools.lru_cache(maxsize=4096)
+def _steps(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(s // ALIGN if n > 1 else 0 for s, n in zip(stride[:3], shape, strict=False))
 
 
 def optional(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
@@ -32,9 +46,13 @@ def optional(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
 
 def wave(x: torch.Tensor, y: torch.Tensor, num_heads: int) -> int:
     """How many heads to run side by side, so that what they all read (``x`` and ``y``, per head) fits in L2."""
-    shared_heads = x.shape[2]
     per_head = x.shape[1] * (x.shape[3] + y.shape[3]) * x.element_size()
-    fitting = max(1, _L2_BYTES // max(per_head, 1))
+    return _wave(x.shape[2], per_head, num_heads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _wave(shared_heads: int, bytes_per_head: int, num_heads: int) -> int:
+    fitting = max(1, _L2_BYTES // max(bytes_per_head, 1))
     while shared_heads % fitting:
         fitting -= 1
     return max(1, min(fitting, shared_heads) * num_heads // shared_heads)

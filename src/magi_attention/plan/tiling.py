@@ -98,17 +98,33 @@ _HOPPER_FORWARD = {
     256: HopperForwardTile(240, 24, 64, 2, 1, False),
 }
 
+# Short documents end inside a block: narrower ones waste less, and a deeper ring hides that each takes the eraser.
+_HOPPER_FORWARD_SHORT = {
+    64: HopperForwardTile(240, 24, 64, 4, 2, True),
+    128: HopperForwardTile(240, 24, 64, 4, 2, True),
+    256: _HOPPER_FORWARD[256],
+}
 
-def hopper_forward_tile(head_dim: int) -> HopperForwardTile:
+_SHORT_RUN = 512
+
+
+def has_short_runs(num_rows: int, num_bands: int) -> bool:
+    """Whether the bands are short documents, as far as their number tells."""
+    return num_rows < _SHORT_RUN * num_bands
+
+
+def hopper_forward_tile(head_dim: int, short_runs: bool) -> HopperForwardTile:
     """Tile of the Hopper forward for a head dimension of at most 256; smaller ones are padded in shared memory."""
-    return _HOPPER_FORWARD[min(size for size in _HOPPER_FORWARD if size >= head_dim)]
+    table = _HOPPER_FORWARD_SHORT if short_runs else _HOPPER_FORWARD
+    return table[min(size for size in table if size >= head_dim)]
 
 
 @dataclass(frozen=True)
 class HopperBackwardTile(HopperTile):
     """Tile of the Hopper backward: two warpgroups own ``block_keys`` keys and walk ``block_queries`` rows a step.
 
-    A row is one query head of one token, as in the forward.
+    A row is one query head of one token, as in the forward. Beyond head dimension 128 ``do_stages`` counts halves of a
+    block.
     """
 
     block_keys: int
@@ -120,14 +136,12 @@ class HopperBackwardTile(HopperTile):
 _HOPPER_BACKWARD = {
     64: HopperBackwardTile(240, 24, 128, 128, 3, 2),
     128: HopperBackwardTile(240, 24, 128, 64, 3, 2),
+    256: HopperBackwardTile(240, 24, 64, 64, 2, 3),
 }
-
-HOPPER_BACKWARD_HEAD_DIM = max(_HOPPER_BACKWARD)
-"""The Hopper backward runs up to this head dimension, the Triton kernels beyond it."""
 
 
 def hopper_backward_tile(head_dim: int) -> HopperBackwardTile:
-    """Tile of the Hopper backward for a head dimension of at most ``HOPPER_BACKWARD_HEAD_DIM``."""
+    """Tile of the Hopper backward for a head dimension of at most 256."""
     return _HOPPER_BACKWARD[min(size for size in _HOPPER_BACKWARD if size >= head_dim)]
 
 
@@ -136,13 +150,10 @@ def packed_heads(group: int, most: int = 16) -> int:
     return min(group & -group, most)
 
 
-def packed_heads_backward(group: int, num_rows: int, num_bands: int) -> int:
+def packed_heads_backward(group: int, short_runs: bool) -> int:
     """Query heads that share a Q block of the backward.
 
     Packing rounds a run to fewer tokens, which pays for short documents; taking the heads one after the other keeps
     fewer of them in L2 at a time, which pays for everything else.
     """
-    return packed_heads(group) if num_rows < _SHORT_RUN * num_bands else 1
-
-
-_SHORT_RUN = 512
+    return packed_heads(group) if short_runs else 1

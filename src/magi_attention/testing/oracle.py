@@ -78,7 +78,9 @@ def random_case(
     return Case(q, k, v, mask, sink, dout, dlse, softmax_scale, softcap)
 
 
-def compare(case: Case, *, backend: str | None = None, rows: Sequence[int] | None = None) -> Comparison:
+def compare(
+    case: Case, *, backend: str | None = None, rows: Sequence[int] | None = None, deterministic: bool = False
+) -> Comparison:
     """Figures of out, lse and, with dout or dlse, of dq, dk, dv and dsink; then of a forward with max_logits.
 
     Kernels need no running maximum that nobody asked for: with it, the call may take another way through them.
@@ -89,9 +91,13 @@ def compare(case: Case, *, backend: str | None = None, rows: Sequence[int] | Non
         backend: as in ``attention``.
         rows: compare these distinct rows only, in out, lse and dq: the definition is then evaluated for them
             alone, so that long inputs are affordable.
+        deterministic: as in ``attention``.
     """
     forward = replace(case, dout=None, dlse=None)
-    calls = {"": results(case, backend), " +max": results(forward, backend, return_max_logits=True)}
+    calls = {
+        "": results(case, backend, deterministic=deterministic),
+        " +max": results(forward, backend, return_max_logits=True),
+    }
     wanted = case if rows is None else _restricted(case, rows)
     clean = _cleaned(wanted)
     if rows is not None:
@@ -138,10 +144,10 @@ def results(case: Case, backend: str | None = None, **settings: Any) -> dict[str
 
 
 def assert_matches_oracle(
-    case: Case, *, backend: str | None = None, rows: Sequence[int] | None = None
+    case: Case, *, backend: str | None = None, rows: Sequence[int] | None = None, deterministic: bool = False
 ) -> Comparison:
     """``compare``, and AssertionError with the table of figures when a tensor breaks the rule."""
-    result = compare(case, backend=backend, rows=rows)
+    result = compare(case, backend=backend, rows=rows, deterministic=deterministic)
     if not result.ok:
         shapes = f"q {tuple(case.q.shape)}, k {tuple(case.k.shape)}, v {tuple(case.v.shape)}, {case.q.dtype}"
         settings = f"scale {case.softmax_scale}, softcap {case.softcap}, backend {backend}"

@@ -5,14 +5,15 @@
 
 Two consumer warpgroups own 64 keys each and keep dK and dV in registers. dS goes through shared memory, because each
 warpgroup computes one half of dQ from all 128 keys; that product is taken one block late, so the warpgroups may drift
-apart by a block and one computes exponentials while the other multiplies. Two writer warps reduce dQ into an
-fp32 buffer in global memory. A producer warp pulls tiles off a work counter and feeds K, V and the Q, dO rings; an eraser
-warp zeroes rows beyond a run. The query heads of a K/V head are walked inside a tile: dK and dV need no atomics.
+apart by a block and one computes exponentials while the other multiplies. A writer warp reduces dQ into an
+fp32 buffer in global memory. A scheduler warp pulls tiles off a work counter and sends their runs to a producer warp,
+which feeds K, V and the Q, dO rings; an eraser warp zeroes rows beyond a run. The query heads of a K/V head are walked
+inside a tile: dK and dV need no atomics.
 
 Tiles and runs are those of the transposed mask: a tile's rows are keys, a run's columns queries. PACK query heads share a
-Q block: its BLOCK_Q rows are BLOCK_Q / PACK tokens x PACK heads. Row statistics (-lse in units of log2, -delta) and the
-fp32 dQ are laid out (batch, unit, token, PACK), so that a block is one contiguous piece. The copy engine reads a vector
-from 16-byte steps only, and a run may begin anywhere: the statistics come in copies, shifted against each other.
+Q block: its BLOCK_Q rows are BLOCK_Q / PACK tokens x PACK heads. Q blocks begin at multiples of BLOCK_Q / PACK tokens,
+wherever a run begins: so every block has a tile of statistics of its own (BLOCK_Q times -lse in units of log2, BLOCK_Q
+times -delta) and a tile of fp32 dQ, which lies in memory in the order in which registers hold it.
 """
 
 from __future__ import annotations
@@ -31,29 +32,25 @@ from magi_attention.kernels.hopper.compat import (
     warpgroup_mma_wait,
 )
 from magi_attention.kernels.hopper.primitives import (
-    count_blocks,
     erase_rows,
     fence_proxy,
     get_uniform,
     get_word,
     get_words,
-    locate,
     named_arrive,
     named_sync,
     opaque_next,
     pinned,
+    put_word,
     put_words,
     raw_arrive,
     raw_arrive_released,
     raw_base,
     raw_init,
     raw_wait,
-    retire,
-    run_of,
-    take_item,
     tanh,
-    warm_up,
 )
+from magi_attention.kernels.hopper.schedule import await_run, init_runs, scheduler, take_run
 
 BLOCK_K = gl.constexpr(128)
 
@@ -70,13 +67,13 @@ TILE_FREE = gl.constexpr(22)
 # Named barriers: both consumers together, and the second one's start.
 TOGETHER = gl.constexpr(8)
 STAGGER = gl.constexpr(9)
-# Messages: tile (32 bytes a slot), Q block (16 a stage), rows to erase (16 a slot), where dQ goes (16 a slot).
+# Messages: tile (32 bytes a slot), Q block (32 a stage), rows to erase (16 a slot), where dQ goes (4 a slot).
 TILE_WORDS = gl.constexpr(512)
 BLOCK_WORDS = gl.constexpr(512 + 64)
-ERASE_WORDS = gl.constexpr(512 + 128)
-DQ_WORDS = gl.constexpr(512 + 256)
+ERASE_WORDS = gl.constexpr(512 + 192)
+DQ_WORDS = gl.constexpr(512 + 320)
 ERASE_SLOTS = gl.constexpr(8)
-DQ_SLOTS = gl.constexpr(16)
+DQ_SLOTS = gl.constexpr(8)
 # What to erase.
 ERASE_K = gl.constexpr(0)
 ERASE_V = gl.constexpr(1)
@@ -90,34 +87,34 @@ CUT_ROWS = gl.constexpr(4)
 
 @gluon.jit
 def send_q(
-    Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch, head, column, live,
-    stats_row, it, erased, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+    Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, head, column, begin, end, q_tile, it, erased,
+    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Load a block of Q and its statistics, by way of the eraser when rows before ``begin`` or from ``end`` on are not
+    the run's."""
     stage = it % STAGES
-    nbytes: gl.constexpr = Q_DESC.block_type.nbytes + 2 * LSE_DESC.block_type.nbytes
-    if live < BLOCK_Q:
+    nbytes: gl.constexpr = Q_DESC.block_type.nbytes + STATS_DESC.block_type.nbytes
+    if (begin > 0) | (end < BLOCK_Q):
         slot = erased % ERASE_SLOTS
-        put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, live, 0)
+        put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, begin, end)
         mbarrier.expect(dirty.index(slot), nbytes)
         tma_load(Q_DESC, [batch, column, head, 0], dirty.index(slot), q_bufs.index(stage))
-        tma_load(LSE_DESC, [stats_row], dirty.index(slot), lse_bufs.index(stage))
-        tma_load(DELTA_DESC, [stats_row], dirty.index(slot), delta_bufs.index(stage))
+        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], dirty.index(slot), stats_bufs.index(stage))
         erased += 1
     else:
         mbarrier.expect(q_full.index(stage), nbytes)
         tma_load(Q_DESC, [batch, column, head, 0], q_full.index(stage), q_bufs.index(stage))
-        tma_load(LSE_DESC, [stats_row], q_full.index(stage), lse_bufs.index(stage))
-        tma_load(DELTA_DESC, [stats_row], q_full.index(stage), delta_bufs.index(stage))
+        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], q_full.index(stage), stats_bufs.index(stage))
     return erased
 
 
 @gluon.jit
-def send_operand(DESC, bufs, full, dirty, raw, batch, first, head, live, stage, erased,
+def send_operand(DESC, bufs, full, dirty, raw, batch, first, head, begin, end, stage, erased,
                  KIND: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
-    """Load ROWS rows, by way of the eraser when only ``live`` of them belong to the tile or the run."""
-    if live < ROWS:
+    """Load ROWS rows, by way of the eraser when some of them do not belong to the tile or the run."""
+    if (begin > 0) | (end < ROWS):
         slot = erased % ERASE_SLOTS
-        put_words(raw + ERASE_WORDS + slot * 16, KIND, stage, live, 0)
+        put_words(raw + ERASE_WORDS + slot * 16, KIND, stage, begin, end)
         mbarrier.expect(dirty.index(slot), DESC.block_type.nbytes)
         tma_load(DESC, [batch, first, head, 0], dirty.index(slot), bufs.index(stage))
         erased += 1
@@ -129,104 +126,81 @@ def send_operand(DESC, bufs, full, dirty, raw, batch, first, head, live, stage, 
 
 @gluon.jit
 def producer(
-    Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
-    k_full, v_full, q_full, do_full, dirty, raw,
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
-    num_queries, num_keys, stats_stride,
+    Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs,
+    k_full, v_full, q_full, do_full, dirty, raw, heads_per_batch, units_per_kv, tiles_per_unit, num_keys,
     PACK: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = BLOCK_Q // PACK
     it = 0
     erased = 0
-    tiles_sent = 0
+    tiles = 0
+    received = 0
     kv_phase = 1
-    item = gl.program_id(0)
-    while item < num_tiles * num_heads_kv:
-        next_item = take_item(COUNTER) + gl.num_programs(0)
-        tile, kv_head = locate(item, num_tiles, num_heads_kv, wave, parts)
-        row_begin, row_end = gl.load(TILES + 4 * tile), gl.load(TILES + 4 * tile + 1)
-        list_begin, list_count = gl.load(TILES + 4 * tile + 2), gl.load(TILES + 4 * tile + 3)
-        if row_begin < row_end:
-            batch = kv_head // heads_per_batch
-            kv_head = kv_head % heads_per_batch
-            num_blocks = count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, TOKENS)
-            slot = tiles_sent & 1
-            raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles_sent >> 1) & 1) ^ 1)
-            put_words(raw + TILE_WORDS + slot * 32, num_blocks * units_per_kv, row_begin, row_end, 0)
+    run_blocks = await_run(raw, received)
+    while run_blocks >= 0:
+        first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit = take_run(
+            raw, received
+        )
+        received += 1
+        # Beyond the tensor the copy engine fills with zeros.
+        live_keys = gl.where(row_end < num_keys, row_end - row_begin, BLOCK_K)
+        if total > 0:
+            slot = tiles & 1
+            raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles >> 1) & 1) ^ 1)
+            put_words(raw + TILE_WORDS + slot * 32, gl.where(run_blocks > 0, total, 0), row_begin, row_end, 0)
             put_words(raw + TILE_WORDS + slot * 32 + 16, batch, kv_head, 0, 0)
             raw_arrive(raw + (TILE_FULL + slot) * 8)
-            tiles_sent += 1
-            if num_blocks > 0:
+            tiles += 1
+            if run_blocks > 0:
                 raw_wait(raw + KV_FREE * 8, kv_phase)
                 kv_phase ^= 1
-                # Beyond the tensor the copy engine fills with zeros.
-                live_keys = gl.where(row_end < num_keys, row_end - row_begin, BLOCK_K)
-                erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, live_keys, 0, erased,
-                                      ERASE_K, BLOCK_K)  # fmt: skip
-                started = 0
-                rows_cut = gl.where(row_end - row_begin < BLOCK_K, CUT_ROWS, 0)
-                for sub in range(units_per_kv):
-                    unit = kv_head * units_per_kv + sub
-                    unit_row = (batch * heads_per_batch * units_per_kv + unit) * num_queries
-                    for at in range(list_begin, list_begin + list_count):
-                        first, last, run_blocks, all_from, all_to, lo, hi = run_of(
-                            BANDS, gl.load(BAND_LIST + at), row_begin, row_end, TOKENS
-                        )
-                        # Tiles that see the same queries begin at different ones: their sums meet less often.
-                        b = (gl.maximum(row_begin - first, 0) // TOKENS) % gl.maximum(run_blocks, 1)
-                        for _step in range(run_blocks):
-                            column = first + b * TOKENS
-                            cuts = gl.where(column + TOKENS > all_to, CUT_ABOVE, 0) + rows_cut
-                            cuts += gl.where(column < all_from, CUT_BELOW, 0)
-                            live = (last - column) * PACK
-                            dq_row = (unit_row + column) * PACK
-                            # The engine reads from 16-byte steps: the copy whose step begins at this row.
-                            shift = dq_row & 3
-                            stats_row = shift // PACK * stats_stride + dq_row - shift
-                            stage = it % Q_STAGES
-                            raw_wait(raw + (Q_FREE + stage) * 8, ((it // Q_STAGES) & 1) ^ 1)
-                            put_words(
-                                raw + BLOCK_WORDS + stage * 16,
-                                lo - column,
-                                hi - column,
-                                last - 1 - column,
-                                cuts,
-                            )
-                            put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, dq_row, 0, 0, 0)
-                            erased = send_q(
-                                Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch,
-                                unit * PACK, column, live, stats_row, it, erased, BLOCK_Q, Q_STAGES,
-                            )  # fmt: skip
-                            if started == 0:
-                                erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head,
-                                                      live_keys, 0, erased, ERASE_V, BLOCK_K)  # fmt: skip
-                                started = 1
-                                warm_up(
-                                    next_item, TILES, BAND_LIST, BANDS, num_tiles, num_heads_kv, wave, parts
-                                )
-                            stage = it % DO_STAGES
-                            raw_wait(raw + (DO_FREE + stage) * 8, ((it // DO_STAGES) & 1) ^ 1)
-                            erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, live,
-                                                  stage, erased, ERASE_DO, BLOCK_Q)  # fmt: skip
-                            it += 1
-                            b += 1
-                            b = gl.where(b == run_blocks, 0, b)
-        item = next_item
-    slot = tiles_sent & 1
-    raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles_sent >> 1) & 1) ^ 1)
+                erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, 0, live_keys, 0,
+                                      erased, ERASE_K, BLOCK_K)  # fmt: skip
+        rows_cut = gl.where(row_end - row_begin < BLOCK_K, CUT_ROWS, 0)
+        first_q_tile = (batch * heads_per_batch * units_per_kv + unit) * tiles_per_unit
+        start = first // TOKENS * TOKENS
+        # Tiles that see the same queries begin at different ones: their sums meet less often.
+        b = (gl.maximum(row_begin - start, 0) // TOKENS) % gl.maximum(run_blocks, 1)
+        for _step in range(run_blocks):
+            column = start + b * TOKENS
+            cuts = gl.where(column + TOKENS > all_to, CUT_ABOVE, 0) + rows_cut
+            cuts += gl.where(column < all_from, CUT_BELOW, 0)
+            begin = gl.maximum(first - column, 0) * PACK
+            end = gl.minimum((last - column) * PACK, BLOCK_Q)
+            q_tile = first_q_tile + column // TOKENS
+            stage = it % Q_STAGES
+            raw_wait(raw + (Q_FREE + stage) * 8, ((it // Q_STAGES) & 1) ^ 1)
+            put_words(raw + BLOCK_WORDS + stage * 32, lo - column, hi - column, last - 1 - column, cuts)
+            put_word(raw + BLOCK_WORDS + stage * 32 + 16, first - column)
+            put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, q_tile)
+            erased = send_q(Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, unit * PACK, column, begin,
+                            end, q_tile, it, erased, BLOCK_Q, Q_STAGES)  # fmt: skip
+            if total > 0:
+                erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head, 0, live_keys, 0,
+                                      erased, ERASE_V, BLOCK_K)  # fmt: skip
+                total = 0
+            stage = it % DO_STAGES
+            raw_wait(raw + (DO_FREE + stage) * 8, ((it // DO_STAGES) & 1) ^ 1)
+            erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, begin, end, stage,
+                                  erased, ERASE_DO, BLOCK_Q)  # fmt: skip
+            it += 1
+            b += 1
+            b = gl.where(b == run_blocks, 0, b)
+        run_blocks = await_run(raw, received)
+    slot = tiles & 1
+    raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles >> 1) & 1) ^ 1)
     put_words(raw + TILE_WORDS + slot * 32, -1, 0, 0, 0)
-    put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, -1, 0, 0, 0)
+    put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, -1)
     raw_arrive(raw + (TILE_FULL + slot) * 8)
     # The eraser's last message: every earlier one has been read once all operands are consumed.
     raw_wait(raw + KV_FREE * 8, kv_phase)
     put_words(raw + ERASE_WORDS + (erased % ERASE_SLOTS) * 16, -1, 0, 0, 0)
     mbarrier.arrive(dirty.index(erased % ERASE_SLOTS), count=1)
-    retire(COUNTER, gl.num_programs(0))
 
 
 @gluon.jit
 def eraser(
-    k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+    k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Zero operand rows beyond their tile or run, between their arrival and their announcement to the consumers.
@@ -245,51 +219,61 @@ def eraser(
     while kind >= 0:
         slot = done % ERASE_SLOTS
         mbarrier.wait(dirty.index(slot), (done // ERASE_SLOTS) & 1)
-        kind, stage, live, _ = get_words(raw + ERASE_WORDS + slot * 16)
+        kind, stage, begin, end = get_words(raw + ERASE_WORDS + slot * 16)
         if kind == ERASE_K:
-            erase_rows(k_groups, 0, live, BLOCK_K, HALVES)
+            erase_rows(k_groups, 0, begin, end, BLOCK_K, HALVES)
             fence_proxy()
             mbarrier.arrive(k_full.index(0), count=1)
         if kind == ERASE_V:
-            erase_rows(v_groups, 0, live, BLOCK_K, HALVES)
+            erase_rows(v_groups, 0, begin, end, BLOCK_K, HALVES)
             fence_proxy()
             mbarrier.arrive(v_full.index(0), count=1)
         if kind == ERASE_Q:
-            erase_rows(q_groups, stage * Q_GROUPS, live, BLOCK_Q, HALVES)
+            erase_rows(q_groups, stage * Q_GROUPS, begin, end, BLOCK_Q, HALVES)
             line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            delta = delta_bufs.index(stage).load(line)
-            delta_bufs.index(stage).store(gl.where(gl.arange(0, BLOCK_Q, layout=line) < live, delta, 0.0))
+            row = gl.arange(0, BLOCK_Q, layout=line)
+            delta_smem = stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0)
+            delta_smem.store(gl.where((row >= begin) & (row < end), delta_smem.load(line), 0.0))
             fence_proxy()
             mbarrier.arrive(q_full.index(stage), count=1)
         if kind == ERASE_DO:
-            erase_rows(do_groups, stage * Q_GROUPS, live, BLOCK_Q, HALVES)
+            erase_rows(do_groups, stage * Q_GROUPS, begin, end, BLOCK_Q, HALVES)
             fence_proxy()
             mbarrier.arrive(do_full.index(stage), count=1)
         done += 1
 
 
 @gluon.jit
-def dq_writer(DQ_DESC, dq_bufs, raw, W: gl.constexpr, D: gl.constexpr):
-    """Reduce one warpgroup's halves of the dQ blocks into global memory."""
-    ROW_STEP: gl.constexpr = 0 if D > 64 else 64 * W
-    COLUMN: gl.constexpr = 64 * W if D > 64 else 0
+def dq_writer(DQ_DESC, dq_bufs, raw, BLOCK_Q: gl.constexpr, D: gl.constexpr):
+    """Reduce the two staged halves of each dQ block into global memory."""
+    LINES: gl.constexpr = BLOCK_Q * D // 32
     it = 0
-    row = 0
-    while row >= 0:
-        raw_wait(raw + (DQ_FULL + W) * 8, it & 1)
-        row = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 16)
-        if row >= 0:
-            tma_add(DQ_DESC, [row + ROW_STEP, COLUMN], dq_bufs.index(W))
+    q_tile = 0
+    while q_tile >= 0:
+        raw_wait(raw + DQ_FULL * 8, it & 1)
+        q_tile = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4)
+        if q_tile >= 0:
+            tma_add(DQ_DESC, [q_tile * LINES, 0], dq_bufs.index(0))
+            raw_wait(raw + (DQ_FULL + 1) * 8, it & 1)
+            tma_add(DQ_DESC, [q_tile * LINES + 128, 0], dq_bufs.index(1))
+            tma_store_wait(1)
+            raw_arrive_released(raw + DQ_FREE * 8)
             tma_store_wait(0)
-            raw_arrive_released(raw + (DQ_FREE + W) * 8)
+            raw_arrive_released(raw + (DQ_FREE + 1) * 8)
         it += 1
 
 
 @gluon.jit
 def put_dq(dq, dq_bufs, raw, it, W: gl.constexpr):
-    """Hand this warpgroup's half of block ``it`` of dQ to the writer."""
+    """Hand this warpgroup's half of block ``it`` of dQ to the writer, in the order in which registers hold it.
+
+    A (64, 64) accumulator has row = 16 warp + 8 h + r and column = 8 j + 2 c + p in a thread of (warp, r, c); the order
+    is (j, warp, r, c, h, p): whole vectors a thread, no bank conflicts, and one address for all of them.
+    """
+    lines: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    dq = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([128, 32])
     raw_wait(raw + (DQ_FREE + W) * 8, (it & 1) ^ 1)
-    dq_bufs.index(W).store(dq)
+    dq_bufs.index(W).store(gl.convert_layout(dq, lines, assert_trivial=True))
     fence_proxy()
     raw_arrive_released(raw + (DQ_FULL + W) * 8)
 
@@ -307,12 +291,13 @@ def hide(
     """Weights of a partial block: 0 where the band shows nothing. The messages are read here to spare registers."""
     _, row_begin, row_end, _ = get_words(tile_words)
     lo, hi, end, cuts = get_words(block_words)  # relative to the block's first query
+    begin = get_word(block_words + 16)
     row = row_begin + W * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, layout)) // PACK
     above = gl.where(row < row_end, gl.minimum(row + hi, end), -1)
     p = gl.where(column[None, :] <= above[:, None], p, 0.0)
     if (cuts & CUT_BELOW) != 0:
-        p = gl.where(column[None, :] >= (row + lo)[:, None], p, 0.0)
+        p = gl.where(column[None, :] >= gl.maximum(row + lo, begin)[:, None], p, 0.0)
     return p
 
 
@@ -350,7 +335,7 @@ def dq_product(ds, k_smem, W: gl.constexpr, D: gl.constexpr, layout: gl.constexp
 @gluon.jit
 def consumer(
     DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
-    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full, raw,
+    k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full, raw,
     scale, cap_scale, softmax_scale,
     W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -392,7 +377,7 @@ def consumer(
             mbarrier.wait(q_full.index(stage), phase)
             mbarrier.wait(v_full.index(0), kv_phase)
             kv_phase ^= 1
-            next_cuts = get_uniform(raw + BLOCK_WORDS + stage * 16 + 12)
+            next_cuts = get_uniform(raw + BLOCK_WORDS + stage * 32 + 12)
             if W == 1:
                 named_sync(STAGGER, 256)  # begins when the other has finished its first exponentials
         for i in range(num_blocks):
@@ -402,30 +387,31 @@ def consumer(
             next_phase = phase ^ (next_stage == 0).to(gl.int32)
             q = q_bufs.index(stage).reshape((BLOCK_Q, D))
             do = do_bufs.index(do_stage).reshape((BLOCK_Q, D))
-            dp_start, _wide = gl.broadcast(delta_bufs.index(stage).load(columns)[None, :], s_zero)
+            dp_start, _wide = gl.broadcast(
+                stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0).load(columns)[None, :], s_zero
+            )
             dp_start = pinned(dp_start)
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             mbarrier.wait(do_full.index(do_stage), (it // DO_STAGES) & 1)
             dp = warpgroup_mma(v_own, do.permute((1, 0)), dp_start, is_async=True)
-            lse = lse_bufs.index(stage).load(columns)
+            lse = stats_bufs.index(stage).slice(0, BLOCK_Q, dim=0).load(columns)
             s = warpgroup_mma_wait(1, deps=(s,))
             if SOFTCAP:
                 s = tanh(s * cap_scale)
             p = gl.exp2(s * scale + lse[None, :])
             if cuts != 0:
-                p = hide(p, tile_words, raw + BLOCK_WORDS + stage * 16, W, PACK, BLOCK_Q, s_layout)
+                p = hide(p, tile_words, raw + BLOCK_WORDS + stage * 32, W, PACK, BLOCK_Q, s_layout)
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do, dv, is_async=True)
+            if SOFTCAP:
+                p = p * (1.0 - s * s)
             if W == 0:  # noqa: SIM102  (one is known when compiling)
                 if i == 0:
                     named_arrive(STAGGER, 256)
             # The spin loop is a border: ptxas would move the wait above the exponentials.
             mbarrier.wait(q_full.index(next_stage), next_phase, pred=i + 1 < num_blocks)
-            next_cuts = get_uniform(raw + BLOCK_WORDS + next_stage * 16 + 12)
+            next_cuts = get_uniform(raw + BLOCK_WORDS + next_stage * 32 + 12)
             dp = warpgroup_mma_wait(1, deps=(dp,))
-            ds = p * dp
-            if SOFTCAP:
-                ds = ds * (1.0 - s * s)
-            ds = ds.to(dtype)
+            ds = (p * dp).to(dtype)
             raw_wait(raw + (DS_FREE + (it & 1)) * 8, ((it >> 1) & 1) ^ 1)
             ds_bufs.index(it & 1).slice(W * 64, 64, dim=0).store(ds)
             fence_proxy()
@@ -480,9 +466,8 @@ RUNTIME_SIZES = [
         "units_per_kv",
         "wave",
         "parts",
-        "num_queries",
+        "tiles_per_unit",
         "num_keys",
-        "stats_stride",
     ),
     *(f"stride_{tensor}{axis}" for tensor in "kv" for axis in "bth"),
 ]
@@ -490,10 +475,10 @@ RUNTIME_SIZES = [
 
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_kernel(
-    Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, DQ_DESC, DK_DESC, DV_DESC,
+    Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, DQ_DESC, DK_DESC, DV_DESC,
     DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
-    num_queries, num_keys, stats_stride, scale, cap_scale, softmax_scale,
+    tiles_per_unit, num_keys, scale, cap_scale, softmax_scale,
     PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -506,9 +491,8 @@ def backward_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, BLOCK_Q // PACK, PACK, D], Q_DESC.layout)
     do_bufs = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, BLOCK_Q // PACK, PACK, D], DO_DESC.layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_K, BLOCK_Q], swizzled)
-    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ_DESC.layout)
-    lse_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], LSE_DESC.layout)
-    delta_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], DELTA_DESC.layout)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 128, 32], DQ_DESC.layout)
+    stats_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 2 * BLOCK_Q], STATS_DESC.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
@@ -533,32 +517,34 @@ def backward_kernel(
         raw_init(raw + (DQ_FREE + w) * 8, 1)
         raw_init(raw + (DS_FULL + w) * 8, 8)
         raw_init(raw + (DS_FREE + w) * 8, 8)
+    init_runs(raw)
     fence_async_shared()
     gl.warp_specialize(
         [
             (consumer, (
                 DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
-                k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full,
+                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full,
                 raw, scale, cap_scale, softmax_scale,
                 gl.constexpr(0), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
             )),
             (consumer, (
                 DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
-                k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full,
+                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full,
                 raw, scale, cap_scale, softmax_scale,
                 gl.constexpr(1), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
             )),
             (producer, (
-                Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC,
-                k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
+                Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs,
                 k_full, v_full, q_full, do_full, dirty, raw,
-                TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
-                num_queries, num_keys, stats_stride, PACK, BLOCK_Q, Q_STAGES, DO_STAGES,
+                heads_per_batch, units_per_kv, tiles_per_unit, num_keys, PACK, BLOCK_Q, Q_STAGES, DO_STAGES,
             )),
-            (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(0), D)),
-            (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(1), D)),
+            (scheduler, (
+                raw, TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave,
+                parts, BLOCK_Q // PACK, gl.constexpr(True),
+            )),
+            (dq_writer, (DQ_DESC, dq_bufs, raw, BLOCK_Q, D)),
             (eraser, (
-                k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
                 D, BLOCK_Q, Q_STAGES, DO_STAGES,
             )),
         ],

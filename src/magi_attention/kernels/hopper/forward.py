@@ -1,10 +1,10 @@
 """Forward on Hopper: persistent, warp-specialised, one pass over the runs of each tile.
 
-Partitions of a program: two consumer warpgroups of 64 query rows each, a producer warp that pulls tiles off a work
-counter, walks their runs and feeds K and V rings by TMA, and an eraser warp for rows of V that lie beyond a run. With
-every K block the producer sends four words: the diagonals and the last column relative to the block, and which of
-them cut it. Consumers know neither bands nor plan: they work through one endless stream of blocks, in which some begin
-a new tile.
+Partitions of a program: two consumer warpgroups of 64 query rows each, a scheduler warp that pulls tiles off a work
+counter and sends their runs, a producer warp that walks the runs and feeds K and V rings by TMA, and an eraser warp for
+rows of V that lie beyond a run. With every K block the producer sends four words: the diagonals and the last column
+relative to the block, and which of them cut it. Consumers know neither bands nor plan: they work through one endless
+stream of blocks, in which some begin a new tile.
 
 A consumer keeps S(j+1) = Q K^T in flight while it computes the softmax of block j and P(j) V(j) runs, across tiles too:
 the first scores of a tile are computed while the last product of the one before runs, so short tiles pay no start. The
@@ -33,13 +33,11 @@ from magi_attention.kernels.hopper.primitives import (
     LOG2E,
     NAMED_BARRIERS,
     any_in_warp,
-    count_blocks,
     erase_rows,
     fence_proxy,
     get_uniform,
     get_word,
     get_words,
-    locate,
     named_arrive,
     named_sync,
     put_words,
@@ -47,17 +45,14 @@ from magi_attention.kernels.hopper.primitives import (
     raw_base,
     raw_init,
     raw_wait,
-    retire,
     rounded,
-    run_of,
-    take_item,
     tanh,
-    warm_up,
 )
+from magi_attention.kernels.hopper.schedule import await_run, init_runs, scheduler, take_run
 
 NUM_WG = gl.constexpr(2)
 
-# Raw barriers: Q free (one a buffer), K free, V free (one a stage).
+# Raw barriers (schedule.py has its own): Q free (one a buffer), K free, V free (one a stage).
 Q_FREE = gl.constexpr(0)
 K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(12)
@@ -127,64 +122,50 @@ def send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, head, tiles,
 
 @gluon.jit
 def producer(
-    Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-    TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts, num_cols,
+    Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw, num_cols,
     PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr,
 ):  # fmt: skip
     it = 0
     erased = 0
     tiles = 0
+    received = 0
     # V of a block follows K of the next one, also across tiles: the ring must not tie that K to the product with this V.
     v_batch = 0
     v_head = 0
     v_column = 0
     v_live = 0
-    item = gl.program_id(0)
-    while item < num_tiles * num_units:
-        next_item = take_item(COUNTER) + gl.num_programs(0)
-        tile, unit = locate(item, num_tiles, num_units, wave, parts)
-        row_begin, row_end = gl.load(TILES + 4 * tile), gl.load(TILES + 4 * tile + 1)
-        list_begin, list_count = gl.load(TILES + 4 * tile + 2), gl.load(TILES + 4 * tile + 3)
-        if row_begin < row_end:
-            batch = unit // units_per_batch
-            unit = unit % units_per_batch
-            kv_head = unit // units_per_kv
-            # The first block's message says how many the tile has; one without any gets a block of zeros, see below.
-            num_blocks = count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, BLOCK_N)
-            begins = BEGINS + COUNT * gl.maximum(num_blocks, 1)
-            for at in range(list_begin, list_begin + list_count + 1):
-                if at < list_begin + list_count:
-                    first, last, run_blocks, all_from, all_to, lo, hi = run_of(
-                        BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK_N
-                    )
-                else:
-                    # Beyond the tensor the copy engine fills with zeros; nothing is visible: the rows' empty result.
-                    first, last, all_from, all_to, lo, hi = num_cols, num_cols, num_cols, num_cols, -FAR, -FAR
-                    run_blocks = (begins != 0).to(gl.int32)
-                for b in range(run_blocks):
-                    column = first + b * BLOCK_N
-                    cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0) + begins
-                    cuts += gl.where(column < all_from, CUT_BELOW, 0)
-                    send_k(
-                        K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES
-                    )
-                    if begins != 0:
-                        send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, unit * PACK, tiles,
-                               PACK, Q_BUFS)  # fmt: skip
-                        tiles += 1
-                    if it > 0:
-                        erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, v_batch, v_head, v_column, v_live, it - 1,
-                                        erased, BLOCK_N, STAGES)  # fmt: skip
-                    if begins != 0:
-                        warm_up(next_item, TILES, BAND_LIST, BANDS, num_tiles, num_units, wave, parts)
-                    begins = 0
-                    v_batch = batch
-                    v_head = kv_head
-                    v_column = column
-                    # Beyond the tensor the copy engine fills with zeros.
-                    v_live = gl.where(last < num_cols, last - column, BLOCK_N)
-                    it += 1
-        item = next_item
+    run_blocks = await_run(raw, received)
+    while run_blocks >= 0:
+        first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit = take_run(
+            raw, received
+        )
+        received += 1
+        if run_blocks == 0:
+            # A block of zeros beyond the tensor, nothing visible: the rows' empty result.
+            first, last, all_from, all_to, lo, hi = num_cols, num_cols, num_cols, num_cols, -FAR, -FAR
+            run_blocks = 1
+        for b in range(run_blocks):
+            column = first + b * BLOCK_N
+            cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0)
+            cuts += gl.where(column < all_from, CUT_BELOW, 0)
+            # The first block's message says how many the tile has.
+            cuts += gl.where(total > 0, BEGINS + COUNT * total, 0)
+            send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES)
+            if total > 0:
+                send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, unit * PACK, tiles,
+                       PACK, Q_BUFS)  # fmt: skip
+                tiles += 1
+                total = 0
+            if it > 0:
+                erased = send_v(V_DESC, v_bufs, v_full, v_dirty, raw, v_batch, v_head, v_column, v_live, it - 1, erased,
+                                BLOCK_N, STAGES)  # fmt: skip
+            v_batch = batch
+            v_head = kv_head
+            v_column = column
+            # Beyond the tensor the copy engine fills with zeros.
+            v_live = gl.where(last < num_cols, last - column, BLOCK_N)
+            it += 1
+        run_blocks = await_run(raw, received)
     stage = it % STAGES
     raw_wait(raw + (K_FREE + stage) * 8, ((it // STAGES) & 1) ^ 1)
     put_words(raw + BLOCK_WORDS + it % BLOCK_SLOTS * 16, 0, 0, 0, STOP)
@@ -196,7 +177,6 @@ def producer(
         raw_wait(raw + (V_FREE + (it + s) % STAGES) * 8, (((it + s) // STAGES) & 1) ^ 1)
     put_words(raw + ERASE_WORDS + (erased % STAGES) * 16, -1, 0, 0, 0)
     mbarrier.arrive(v_dirty.index(erased % STAGES), count=1)
-    retire(COUNTER, gl.num_programs(0))
 
 
 @gluon.jit
@@ -213,7 +193,7 @@ def eraser(v_bufs, v_full, v_dirty, raw, D: gl.constexpr, BLOCK_N: gl.constexpr,
         mbarrier.wait(v_dirty.index(slot), (done // STAGES) & 1)
         stage, live, _, _ = get_words(raw + ERASE_WORDS + slot * 16)
         if stage >= 0:
-            erase_rows(groups, stage * GROUPS, live, BLOCK_N, HALVES)
+            erase_rows(groups, stage * GROUPS, 0, live, BLOCK_N, HALVES)
             fence_proxy()
             mbarrier.arrive(v_full.index(stage), count=1)
         done += 1
@@ -550,6 +530,7 @@ def forward_kernel(
         mbarrier.init(v_dirty.index(s), count=1)
         raw_init(raw + (K_FREE + s) * 8, 4 * NUM_WG)
         raw_init(raw + (V_FREE + s) * 8, 4 * NUM_WG)
+    init_runs(raw)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -565,12 +546,14 @@ def forward_kernel(
             )),
             (producer, (
                 Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-                TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
-                num_cols,
-                PACK, BLOCK_N, STAGES, Q_BUFS,
+                num_cols, PACK, BLOCK_N, STAGES, Q_BUFS,
+            )),
+            (scheduler, (
+                raw, TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave,
+                parts, BLOCK_N, gl.constexpr(False),
             )),
             (eraser, (v_bufs, v_full, v_dirty, raw, D, BLOCK_N, STAGES)),
         ],
-        [4, 1, 1],
-        [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+        [4, 1, 1, 1],
+        [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS],
     )  # fmt: skip

@@ -102,6 +102,17 @@ def put_words(address, a, b, c, d):
 
 
 @gluon.jit
+def put_word(address, a):
+    """Store a message of one word."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        elect.sync _|p, -1;
+        @p st.shared.b32 [$1], $2;
+        bar.warp.sync -1;
+        mov.u32 $0, 0; }""", "=r,r,r", [address, a], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def get_words(address):
     """Read a message of four words."""
     return gl.inline_asm_elementwise("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r",
@@ -204,71 +215,20 @@ def tanh(x):
 
 
 @gluon.jit
-def locate(item, num_tiles, num_units, wave, parts):
-    """(tile, unit) of a work item, so that tiles that run together share operands in L2 and short tiles come last.
-
-    The tiles, longest first, are taken in ``parts`` parts; within a part ``wave`` units at a time.
-    """
-    part_tiles = (num_tiles + parts - 1) // parts
-    first_tile = item // (part_tiles * num_units) * part_tiles
-    item -= first_tile * num_units
-    part_tiles = gl.minimum(part_tiles, num_tiles - first_tile)
-    first_unit = item // (part_tiles * wave) * wave
-    within = item - first_unit * part_tiles
-    here = gl.minimum(wave, num_units - first_unit)
-    return first_tile + within // here, first_unit + within % here
-
-
-@gluon.jit
-def run_of(BANDS, n, row_begin, row_end, BLOCK: gl.constexpr):
-    """The tile's run in band ``n``, as plan.tiles.run_geometry has it.
-
-    Returns (first, last, num_blocks, all_from, all_to, lo, hi); columns all_from <= j < all_to are visible to every row.
-    """
-    band = BANDS + 6 * n
-    q0, q1 = gl.load(band), gl.load(band + 1)
-    k0, k1 = gl.load(band + 2), gl.load(band + 3)
-    lo, hi = gl.load(band + 4), gl.load(band + 5)
-    first = gl.maximum(k0, row_begin + lo)
-    last = gl.where((q0 <= row_begin) & (row_begin < q1), gl.minimum(k1, row_end + hi), first)
-    num_blocks = (gl.maximum(last - first, 0) + BLOCK - 1) // BLOCK
-    all_from = gl.maximum(k0, row_end - 1 + lo)
-    all_to = gl.minimum(k1, row_begin + hi + 1)
-    return first, last, num_blocks, all_from, all_to, lo, hi
-
-
-@gluon.jit
-def count_blocks(BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, BLOCK: gl.constexpr):
-    """Blocks of all runs of a tile."""
-    total = 0
-    for at in range(list_begin, list_begin + list_count):
-        total += run_of(BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK)[2]
-    return total
-
-
-@gluon.jit
-def warm_up(item, TILES, BAND_LIST, BANDS, num_tiles, num_units, wave, parts):
-    """Bring what the next work item reads of the plan into L1: three dependent loads that would delay its first block."""
-    if item < num_tiles * num_units:
-        tile = locate(item, num_tiles, num_units, wave, parts)[0]
-        band = gl.load(BAND_LIST + gl.load(TILES + 4 * tile + 2))
-        for word in gl.static_range(0, 6, 5):
-            gl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l",
-                                      [(BANDS + 6 * band + word).to(gl.int64, bitcast=True)], dtype=gl.int32,
-                                      is_pure=False, pack=1)  # fmt: skip
-
-
-@gluon.jit
-def erase_rows(groups, first_group, tail, ROWS: gl.constexpr, HALVES: gl.constexpr):
-    """Zero the rows from ``tail`` on of a (ROWS, 64 * HALVES) operand, seen as groups of (8, 64) in shared memory.
+def erase_rows(groups, first_group, begin, end, ROWS: gl.constexpr, HALVES: gl.constexpr):
+    """Zero the rows before ``begin`` and from ``end`` on of a (ROWS, 64 * HALVES) operand, seen as groups of (8, 64).
 
     Zero weight times NaN is NaN: rows of a block beyond its run may hold anything and must not reach a product.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     row = gl.arange(0, 8, layout=gl.SliceLayout(1, layout))
-    for group in range(tail // 8, ROWS // 8):
-        keep = (row < tail - 8 * group)[:, None]
-        for half in gl.static_range(HALVES):
-            part = groups.index(first_group + half * (ROWS // 8) + group)
-            values = part.load(layout)
-            part.store(gl.where(keep, values, gl.zeros_like(values)))
+    zeros = gl.zeros([8, 64], groups.dtype, layout)
+    for group in range(ROWS // 8):
+        if (8 * group < begin) | (8 * group + 8 > end):
+            keep = ((row + 8 * group >= begin) & (row + 8 * group < end))[:, None]
+            for half in gl.static_range(HALVES):
+                part = groups.index(first_group + half * (ROWS // 8) + group)
+                if (8 * group + 8 <= begin) | (8 * group >= end):
+                    part.store(zeros)
+                else:
+                    part.store(gl.where(keep, part.load(layout), zeros))

@@ -39,11 +39,13 @@ def delta_kernel(
     LSE, DSINK,  # fp32 (B, T, H), contiguous
     LSE2, DELTA,  # fp32 (B, H / PACK, T, PACK), contiguous: what the gradient kernels read, lse in units of log2
     copy_stride, num_rows, num_heads,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, SHIFTED: tl.constexpr, PACK: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """SHIFTED stores what the copy engine wants: -lse (-inf for a row that sees nothing: its weights become 0) and
-    -delta, in copies ``copy_stride`` apart, copy n shifted to the front by n * PACK, for every shift below 16 bytes."""
+    -delta, in copies ``copy_stride`` apart, copy n shifted to the front by n * PACK, for every shift below 16 bytes.
+    TILE > 0 stores the same two in LSE2, in tiles of TILE rows: TILE values of the one, TILE of the other; the tiles of
+    a unit of PACK heads are ``copy_stride`` in number."""
     # Heads of the same rows run together: their memory is contiguous.
     head, batch = tl.program_id(0) % num_heads, tl.program_id(1)
     first_row = tl.program_id(0) // num_heads * BLOCK_M
@@ -71,6 +73,12 @@ def delta_kernel(
             at_copy = at_stats - shift + shift // PACK * copy_stride.to(tl.int64)
             tl.store(DELTA + at_copy, -delta, mask=live & (at_stats >= shift))
             tl.store(LSE2 + at_copy, tl.where(blind, lse, -lse * LOG2E), mask=live & (at_stats >= shift))
+    elif TILE > 0:
+        row_in_unit = rows * PACK + head % PACK
+        tile = unit * copy_stride + row_in_unit // TILE
+        at_tile = tile * (2 * TILE) + row_in_unit % TILE
+        tl.store(LSE2 + at_tile, tl.where(blind, lse, -lse * LOG2E), mask=live)
+        tl.store(LSE2 + at_tile + TILE, -delta, mask=live)
     else:
         tl.store(DELTA + at_stats, delta, mask=live)
         tl.store(LSE2 + at_stats, lse * LOG2E, mask=live)
@@ -341,3 +349,27 @@ def scale_dq_kernel(
     dq = tl.load(DQ_SUM + at_sum[:, None] * D + dims[None, :], mask=inside, other=0.0) * scale
     at = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), first_row, stride_dt, BLOCK_M, dims)
     tl.store(at, dq.to(DQ.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "tiles_per_unit"])
+def gather_dq_kernel(
+    DQ_SUM,  # fp32 (units, tiles_per_unit, 2, 4096): halves of dQ blocks in the order of a register tile
+    DQ, stride_db: tl.int64, stride_dt: tl.int32, stride_dh: tl.int64,
+    num_rows, num_heads, tiles_per_unit, scale: tl.float32,
+    PACK: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dq of one half of a block: 64 of its 128 columns when WIDE, else 64 of its 128 rows."""
+    tile, half = tl.program_id(0), tl.program_id(1)
+    unit = tile // tiles_per_unit
+    batch, first_head = unit // (num_heads // PACK), unit % (num_heads // PACK) * PACK
+    values = tl.load(DQ_SUM + (tile.to(tl.int64) * 2 + half) * 4096 + tl.arange(0, 4096)) * scale
+    # (j, warp, r, c, h, p) -> row = 16 warp + 8 h + r, column = 8 j + 2 c + p
+    values = tl.reshape(tl.permute(tl.reshape(values, [8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5]), [64, 64])
+    if WIDE:
+        row, column = tile % tiles_per_unit * 64 + tl.arange(0, 64), half * 64 + tl.arange(0, 64)
+    else:
+        row, column = tile % tiles_per_unit * 128 + half * 64 + tl.arange(0, 64), tl.arange(0, 64)
+    token, head = row // PACK, first_head + row % PACK
+    at = batch.to(tl.int64) * stride_db + token.to(tl.int64) * stride_dt + head.to(tl.int64) * stride_dh
+    inside = (token < num_rows)[:, None] & (column < D)[None, :]
+    tl.store(DQ + at[:, None] * 8 + column[None, :], values.to(DQ.dtype.element_ty), mask=inside)
