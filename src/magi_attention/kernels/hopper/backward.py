@@ -50,7 +50,14 @@ from magi_attention.kernels.hopper.primitives import (
     raw_wait,
     tanh,
 )
-from magi_attention.kernels.hopper.schedule import await_run, init_runs, scheduler, take_run
+from magi_attention.kernels.hopper.schedule import (
+    NEAR_END,
+    await_run,
+    init_runs,
+    release_run,
+    scheduler,
+    take_run,
+)
 
 BLOCK_K = gl.constexpr(128)
 
@@ -141,7 +148,8 @@ def producer(
         first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit = take_run(
             raw, received
         )
-        received += 1
+        if run_blocks == 0:
+            release_run(raw, received)
         # Beyond the tensor the copy engine fills with zeros.
         live_keys = gl.where(row_end < num_keys, row_end - row_begin, BLOCK_K)
         if total > 0:
@@ -161,7 +169,9 @@ def producer(
         start = first // TOKENS * TOKENS
         # Tiles that see the same queries begin at different ones: their sums meet less often.
         b = (gl.maximum(row_begin - start, 0) // TOKENS) % gl.maximum(run_blocks, 1)
-        for _step in range(run_blocks):
+        for left in range(run_blocks, 0, -1):
+            if left == gl.minimum(run_blocks, NEAR_END):
+                release_run(raw, received)
             column = start + b * TOKENS
             cuts = gl.where(column + TOKENS > all_to, CUT_ABOVE, 0) + rows_cut
             cuts += gl.where(column < all_from, CUT_BELOW, 0)
@@ -186,6 +196,7 @@ def producer(
             it += 1
             b += 1
             b = gl.where(b == run_blocks, 0, b)
+        received += 1
         run_blocks = await_run(raw, received)
     slot = tiles & 1
     raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles >> 1) & 1) ^ 1)

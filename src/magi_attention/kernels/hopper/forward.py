@@ -48,7 +48,14 @@ from magi_attention.kernels.hopper.primitives import (
     rounded,
     tanh,
 )
-from magi_attention.kernels.hopper.schedule import await_run, init_runs, scheduler, take_run
+from magi_attention.kernels.hopper.schedule import (
+    NEAR_END,
+    await_run,
+    init_runs,
+    release_run,
+    scheduler,
+    take_run,
+)
 
 NUM_WG = gl.constexpr(2)
 
@@ -139,13 +146,15 @@ def producer(
         first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit = take_run(
             raw, received
         )
-        received += 1
         if run_blocks == 0:
             # A block of zeros beyond the tensor, nothing visible: the rows' empty result.
             first, last, all_from, all_to, lo, hi = num_cols, num_cols, num_cols, num_cols, -FAR, -FAR
             run_blocks = 1
-        for b in range(run_blocks):
-            column = first + b * BLOCK_N
+        # From the right: of a causal tile's blocks the first is partial then, and looks for the maximum anyway.
+        for left in range(run_blocks, 0, -1):
+            if left == gl.minimum(run_blocks, NEAR_END):
+                release_run(raw, received)
+            column = first + (left - 1) * BLOCK_N
             cuts = gl.where(column + BLOCK_N > all_to, CUT_ABOVE, 0)
             cuts += gl.where(column < all_from, CUT_BELOW, 0)
             # The first block's message says how many the tile has.
@@ -165,6 +174,7 @@ def producer(
             # Beyond the tensor the copy engine fills with zeros.
             v_live = gl.where(last < num_cols, last - column, BLOCK_N)
             it += 1
+        received += 1
         run_blocks = await_run(raw, received)
     stage = it % STAGES
     raw_wait(raw + (K_FREE + stage) * 8, ((it // STAGES) & 1) ^ 1)

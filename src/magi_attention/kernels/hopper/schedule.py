@@ -19,6 +19,10 @@ from magi_attention.kernels.hopper.primitives import (
 )
 
 RUN_SLOTS = gl.constexpr(2)
+# A program that holds work while others are idle ends late: a tile of more blocks than AHEAD is followed by another only
+# when NEAR_END blocks of its last run are left, time enough to find that one's first run.
+AHEAD = gl.constexpr(16)
+NEAR_END = gl.constexpr(6)
 RUN_FULL = gl.constexpr(24)
 RUN_FREE = gl.constexpr(26)
 RUN_WORDS = gl.constexpr(512 + 384)
@@ -94,10 +98,10 @@ def scheduler(
     sent = 0
     item = gl.program_id(0)
     while item < num_tiles * num_owners:
-        next_item = take_item(COUNTER) + gl.num_programs(0)
         tile, owner = locate(item, num_tiles, num_owners, wave, parts)
         row_begin, row_end = gl.load(TILES + 4 * tile), gl.load(TILES + 4 * tile + 1)
         list_begin, list_count = gl.load(TILES + 4 * tile + 2), gl.load(TILES + 4 * tile + 3)
+        long = 0
         if row_begin < row_end:
             batch = owner // owners_per_batch
             owner = owner % owners_per_batch
@@ -113,6 +117,7 @@ def scheduler(
                 first_unit = owner
                 num_walks = 1
             total = gl.maximum(num_blocks * num_walks, 1)
+            long = (total > AHEAD).to(gl.int32)
             if num_blocks == 0:
                 # Seen as a band that shows nothing: one walk, one run without blocks.
                 num_walks = 1
@@ -135,7 +140,10 @@ def scheduler(
                         raw_arrive(raw + (RUN_FULL + slot) * 8)
                         sent += 1
                         total = 0
-        item = next_item
+        if long != 0:
+            last = sent - 1
+            raw_wait(raw + (RUN_FREE + last % RUN_SLOTS) * 8, (last // RUN_SLOTS) & 1)
+        item = take_item(COUNTER) + gl.num_programs(0)
     slot = sent % RUN_SLOTS
     raw_wait(raw + (RUN_FREE + slot) * 8, ((sent // RUN_SLOTS) & 1) ^ 1)
     put_words(raw + RUN_WORDS + slot * 64 + 16, 0, 0, -1, 0)
@@ -155,11 +163,15 @@ def await_run(raw, received):
 def take_run(raw, received):
     """The run that ``await_run`` announced: (first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch,
     kv_head, unit)."""
-    slot = received % RUN_SLOTS
-    words = raw + RUN_WORDS + slot * 64
+    words = raw + RUN_WORDS + received % RUN_SLOTS * 64
     first, last, all_from, all_to = get_words(words)
     lo, hi, _, total = get_words(words + 16)
     row_begin, row_end, batch, kv_head = get_words(words + 32)
     unit = get_word(words + 48)
-    raw_arrive(raw + (RUN_FREE + slot) * 8)
     return first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit
+
+
+@gluon.jit
+def release_run(raw, received):
+    """Free the message; due when NEAR_END blocks of the run are left."""
+    raw_arrive(raw + (RUN_FREE + received % RUN_SLOTS) * 8)
