@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from magi_attention.attention import attention
+    from magi_attention.attention import accumulate, attention
     from magi_attention.common.forward_meta import AttnForwardMeta
     from magi_attention.explain import explain
     from magi_attention.kernels.select import capabilities
@@ -26,12 +26,22 @@ _HOMES = {
     "AttnForwardMeta": "magi_attention.common.forward_meta",
     "DeviceMask": "magi_attention.mask",
     "Mask": "magi_attention.mask",
+    "accumulate": "magi_attention.attention",
     "attention": "magi_attention.attention",
     "capabilities": "magi_attention.kernels.select",
     "explain": "magi_attention.explain",
 }
 
-__all__ = ["AttnForwardMeta", "DeviceMask", "Mask", "__version__", "attention", "capabilities", "explain"]
+__all__ = [
+    "AttnForwardMeta",
+    "DeviceMask",
+    "Mask",
+    "__version__",
+    "accumulate",
+    "attention",
+    "capabilities",
+    "explain",
+]
 
 
 def __getattr__(name: str) -> Any:

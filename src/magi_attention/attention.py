@@ -1,4 +1,4 @@
-"""The one verb: exact attention of packed tokens under a mask made of bands."""
+"""The one verb: exact attention of packed tokens under a mask made of bands, whole or a part of the columns at a time."""
 
 from __future__ import annotations
 
@@ -77,28 +77,11 @@ def attention(
         TypeError, ValueError: arguments that do not fit together. NotImplementedError: a feature or a named backend
             that cannot run this call; the message says why.
     """
-    _check_tensors(q, k, v)
-    _check_mask(mask, q, k)
-    _check_scalars(softmax_scale, softcap, sm_margin, dropout_p, alibi_slopes)
+    _check_scalars(softcap, sm_margin, dropout_p, alibi_slopes)
     batched = q.dim() == 4
-    if not batched:
-        q, k, v = q[None], k[None], v[None]
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if scale < 0:  # kernels keep a running maximum of scaled scores
-        q, scale = -q, -scale
-    if backend is not None:
-        check_backend(backend)
-        if (
-            not torch.compiler.is_compiling()
-        ):  # the operator asks again: what is traced cannot look at the device
-            choose_backend(request_of(q, v), backend)
+    operands = _operands(q, k, v, mask, sink, softmax_scale, backend)
     out, lse, max_logits = ops.forward(
-        q,
-        k,
-        v,
-        _sink_of(sink, q, batched),
-        mask.table,
-        scale,
+        *operands,
         float(softcap),
         return_max_logits,
         bool(deterministic),
@@ -107,6 +90,87 @@ def attention(
     )
     meta = AttnForwardMeta(lse if batched else lse[0], max_logits if return_max_logits else None)
     return (out if batched else out[0]), meta
+
+
+def accumulate(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BandMask,
+    *,
+    sink: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    return_max_logits: bool = False,
+    sm_margin: int = 0,
+    backend: str | None = None,
+) -> torch.Tensor | None:
+    """Attention over further columns, merged in place into the result ``(out, lse)`` of earlier ones.
+
+    ``lse' = logaddexp(lse, lse_new)`` and ``out' = exp(lse - lse') out + exp(lse_new - lse') out_new``, in fp32: calls
+    over parts of the columns end in the result over all of them, as context parallelism needs it. Begin with lse -inf:
+    where lse is -inf, out may hold anything. Give the sink to one of the calls. Not differentiable: gradients come from
+    the final out and lse.
+
+    Args:
+        out: (T, H, DV) or (B, T, H, DV), fp32 (fp64 for fp64 inputs), contiguous; overwritten.
+        lse: (T, H) or (B, T, H), same dtype, contiguous; overwritten.
+        q, k, v, mask, sink, softmax_scale, softcap, return_max_logits, sm_margin, backend: as in ``attention``; k, v
+            and the columns of ``mask`` are those of this part.
+
+    Returns:
+        (H,) fp32, the largest (capped) logit each head saw in this part; None unless ``return_max_logits``.
+
+    Raises:
+        As ``attention``; NotImplementedError too if a gradient would be recorded.
+    """
+    _check_scalars(softcap, sm_margin)
+    inputs = [x for x in (out, lse, q, k, v, sink) if isinstance(x, torch.Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        remedy = "Call it under torch.no_grad()."
+        raise NotImplementedError(complaint("accumulate", "inputs without gradient", "requires_grad", remedy))
+    operands = _operands(q, k, v, mask, sink, softmax_scale, backend)
+    expected = (*q.shape[:-1], v.shape[-1])
+    for name, x, shape in (("out", out, expected), ("lse", lse, expected[:-1])):
+        check_tensor(name, x, shape=shape, dtypes=(stats_dtype(q.dtype),), device=q.device)
+        if not x.is_contiguous():
+            raise ValueError(complaint(name, "a contiguous tensor", f"strides {x.stride()}"))
+    if q.dim() == 3:
+        out, lse = out[None], lse[None]
+    max_logits = ops.accumulate(
+        out, lse, *operands, float(softcap), return_max_logits, int(sm_margin), backend or ""
+    )
+    return max_logits if return_max_logits else None
+
+
+def _operands(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BandMask,
+    sink: torch.Tensor | None,
+    softmax_scale: float | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
+    """Checked and batched: q, k, v, sink, bands and a scale that is not negative."""
+    _check_tensors(q, k, v)
+    _check_mask(mask, q, k)
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
+    batched = q.dim() == 4
+    if not batched:
+        q, k, v = q[None], k[None], v[None]
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if scale < 0:  # kernels keep a running maximum of scaled scores
+        q, scale = -q, -scale
+    if backend is not None:
+        check_backend(backend)
+        # The operator asks again; while traced, nothing may look at the device.
+        if not torch.compiler.is_compiling():
+            choose_backend(request_of(q, v), backend)
+    return q, k, v, _sink_of(sink, q, batched), mask.table, scale
 
 
 def _sink_of(sink: torch.Tensor | None, q: torch.Tensor, batched: bool) -> torch.Tensor | None:
@@ -157,10 +221,8 @@ def _check_mask(mask: BandMask, q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def _check_scalars(
-    softmax_scale: float | None, softcap: float, sm_margin: int, dropout_p: float, alibi_slopes: object
+    softcap: float, sm_margin: int, dropout_p: float = 0.0, alibi_slopes: object = None
 ) -> None:
-    if softmax_scale is not None:
-        check_number("softmax_scale", softmax_scale)
     check_number("softcap", softcap)
     if softcap < 0:
         raise ValueError(complaint("softcap", "0 (off) or a positive number", softcap))

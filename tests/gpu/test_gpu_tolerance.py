@@ -9,6 +9,7 @@ import torch
 from gpu_cases import DEVICE, MASKS, case_of, check, on_device
 
 from magi_attention.mask import Mask
+from magi_attention.testing import compare_parts
 from magi_attention.testing.variants import head_major_views, packed_views, poisoned, spaced_views
 
 pytestmark = pytest.mark.gpu
@@ -110,3 +111,11 @@ def test_lengths_zero_and_one(sizes, place, backend):
 def test_deterministic_gradients(name, backend):
     sink = torch.randn(2, 4, device=DEVICE)
     check(poisoned(case_of(MASKS[name], sink=sink)), backend, deterministic=True)
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "rows and keys in no band", "nothing"])
+@pytest.mark.parametrize("head_dim", [40, 128, 256])
+def test_columns_in_parts(name, head_dim, backend):
+    case = poisoned(case_of(MASKS[name], head_dim=head_dim, sink=torch.randn(2, 4, device=DEVICE)))
+    result = compare_parts(case, [case.mask.num_cols // 3, case.mask.num_cols // 3 + 1], backend=backend)
+    assert result.ok, result

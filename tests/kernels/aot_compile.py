@@ -66,7 +66,13 @@ def variants() -> dict[str, dict[str, int]]:
     found = {}
     for head_dim in (64, 128):
         shape = {"D": head_dim, "DV": head_dim, "BLOCK_D": head_dim, "BLOCK_DV": head_dim}
-        flags = {"SOFTCAP": False, "HAS_SINK": False, "HAS_DLSE": False, "HAS_MAX": False}
+        flags = {
+            "SOFTCAP": False,
+            "HAS_SINK": False,
+            "HAS_DLSE": False,
+            "HAS_MAX": False,
+            "ACCUMULATE": False,
+        }
         common = {**shape, **flags, "PRECISION": "tf32", "TMA": True}
         for name, kernel in (
             ("forward", forward_kernel),

@@ -49,7 +49,9 @@ def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]]:
     lse = torch.zeros(1, tokens, heads)
     bands = torch.tensor([[0, tokens, 0, tokens, -(1 << 30), 0]], dtype=torch.int32)
     bands = bands.repeat(tokens if variant.short else 1, 1)
-    problem = Problem(q, k, k.clone(), lse if variant.sink else None, bands, 1.0, float(variant.softcap))
+    sink = lse if variant.sink else None
+    earlier = (q.float(), lse.clone()) if variant.accumulate else None
+    problem = Problem(q, k, k.clone(), sink, bands, 1.0, float(variant.softcap), earlier=earlier)
     calls: list[tuple[Any, tuple, dict[str, Any]]] = []
     replaced = {
         name: Recorder(value, calls) for name, value in vars(launch).items() if isinstance(value, JITFunction)

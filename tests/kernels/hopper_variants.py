@@ -23,9 +23,11 @@ class Variant:
     sink: bool = False
     max_logits: bool = False
     short: bool = False
+    accumulate: bool = False
 
     def __str__(self) -> str:
-        flags = [flag for flag in ("softcap", "sink", "max_logits", "short") if getattr(self, flag)]
+        names = ("softcap", "sink", "max_logits", "short", "accumulate")
+        flags = [flag for flag in names if getattr(self, flag)]
         return " ".join([self.kernel, str(self.head_dim), ELEMENTS[self.dtype], f"pack{self.group}", *flags])
 
 
@@ -51,6 +53,8 @@ def variants() -> list[Variant]:
         Variant("forward", 96),
         Variant("forward", 128, softcap=True),
         Variant("forward", 128, sink=True),
+        Variant("forward", 128, group=4, accumulate=True),
+        Variant("forward", 256, fp16, sink=True, accumulate=True),
         Variant("backward", 96),
     ]
 

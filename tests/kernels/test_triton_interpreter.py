@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from kernel_cases import MASKS
 
 from magi_attention.mask import DeviceMask, Mask
-from magi_attention.testing import Case, assert_matches_oracle, random_case
+from magi_attention.testing import Case, assert_matches_oracle, compare_parts, random_case
 from magi_attention.testing.strategies import families, masks
 from magi_attention.testing.variants import head_major_views, packed_views, poisoned, spaced_views
 
@@ -112,6 +112,15 @@ def test_strides_that_are_no_whole_16_bytes():
 def test_lengths_zero_and_one(sizes):
     check(case_of(Mask.causal(*sizes)))
     check(case_of(Mask.full(*sizes), batch=2, sink=torch.randn(2, 2, device=DEVICE)))
+
+
+@pytest.mark.parametrize("name", ["window", "rows and keys in no band", "nothing"])
+def test_columns_in_parts(name):
+    case = poisoned(
+        case_of(MASKS[name], heads=(2, 1), dtype=torch.float16, sink=torch.randn(2, 2, device=DEVICE))
+    )
+    result = compare_parts(case, [case.mask.num_cols // 2, case.mask.num_cols - 3], backend="triton")
+    assert result.ok, result
 
 
 def test_bands_given_as_a_tensor():

@@ -1,4 +1,4 @@
-"""The registered operators ``magi_attention::forward`` and ``magi_attention::backward``.
+"""The registered operators ``magi_attention::forward``, ``backward`` and ``accumulate``.
 
 Schemas, shapes for tracing and gradients live here; importing this module imports neither Triton nor a kernel.
 Shapes: q (B, T, H, D), k (B, S, HK, D), v (B, S, HK, DV), sink (B, T, H) fp32 (one logit a row and head), bands (n, 6)
@@ -24,10 +24,15 @@ _BACKWARD = (
     "Tensor bands, float softmax_scale, float softcap, bool deterministic, int sm_margin, str backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
 )
+_ACCUMULATE = (
+    "accumulate(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, "
+    "float softmax_scale, float softcap, bool need_max_logits, int sm_margin, str backend) -> Tensor max_logits"
+)
 
 _library = torch.library.Library("magi_attention", "DEF")
 _library.define(_FORWARD)
 _library.define(_BACKWARD)
+_library.define(_ACCUMULATE)
 
 
 def _implementation(backend: str, q: torch.Tensor, v: torch.Tensor) -> Any:
@@ -63,9 +68,17 @@ def _backward(  # type: ignore[no-untyped-def]
     return _implementation(backend, q, v).backward(problem, out, lse, dout, dlse)
 
 
+def _accumulate(  # type: ignore[no-untyped-def]
+    out, lse, q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, sm_margin, backend
+):
+    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, sm_margin=sm_margin, earlier=(out, lse))
+    return _implementation(backend, q, v).forward(problem, need_max_logits)[2]
+
+
 for _device in ("CPU", "CUDA"):
     _library.impl("forward", _forward, _device)
     _library.impl("backward", _backward, _device)
+    _library.impl("accumulate", _accumulate, _device)
 
 
 @torch.library.register_fake("magi_attention::forward", lib=_library)
@@ -84,6 +97,13 @@ def _backward_shapes(  # type: ignore[no-untyped-def]
 ):
     dsink = lse.new_empty(lse.shape if sink is not None else (0,))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
+
+
+@torch.library.register_fake("magi_attention::accumulate", lib=_library)
+def _accumulate_shapes(  # type: ignore[no-untyped-def]
+    out, lse, q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, sm_margin, backend
+):
+    return q.new_empty(q.shape[2], dtype=stats_dtype(q.dtype))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -113,3 +133,6 @@ torch.library.register_autograd(
 
 forward = torch.ops.magi_attention.forward.default
 """(out, lse, max_logits) of one backend; differentiable in q, k, v, sink through out and lse."""
+
+accumulate = torch.ops.magi_attention.accumulate.default
+"""max_logits of further columns, whose result is merged into fp32 (out, lse) in place; not differentiable."""

@@ -27,6 +27,9 @@ class Problem:
         softcap: 0 is off.
         deterministic: gradients must have the same bits every time (out always has).
         sm_margin: multiprocessors that persistent kernels leave free.
+        earlier: None, or (out, lse) of the same rows over other columns, contiguous, (B, T, H, DV) and (B, T, H) in the
+            stats dtype: ``forward`` merges its result into them, in place, and returns them. Where lse is -inf there
+            is no earlier result, and out may hold anything.
     """
 
     q: torch.Tensor
@@ -38,8 +41,20 @@ class Problem:
     softcap: float
     deterministic: bool = False
     sm_margin: int = 0
+    earlier: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def stats_dtype(self) -> torch.dtype:
         """dtype of lse, max_logits and dsink."""
         return stats_dtype(self.q.dtype)
+
+    def merged(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse), merged into ``earlier`` in place if there is one: weights exp(lse - joint lse), as in a softmax."""
+        if self.earlier is None:
+            return out, lse
+        earlier_out, earlier_lse = self.earlier
+        joint = torch.logaddexp(earlier_lse, lse)
+        share, weight = (torch.exp(x - joint).nan_to_num_(0.0)[..., None] for x in (earlier_lse, lse))
+        earlier_out.copy_(torch.where(share > 0, earlier_out * share, 0.0) + out * weight)
+        earlier_lse.copy_(joint)
+        return self.earlier

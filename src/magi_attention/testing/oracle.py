@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from magi_attention.attention import BandMask, attention
+from magi_attention.attention import BandMask, accumulate, attention
 from magi_attention.kernels.reference.dense import dense_attention, multiplicity
 from magi_attention.mask import Mask
-from magi_attention.mask.bands import K0, K1
+from magi_attention.mask.bands import K0, K1, clip, shift, tighten
 from magi_attention.testing.tolerance import Comparison, figure
 
 
@@ -110,6 +111,45 @@ def compare(
             }
             for label, ours in calls.items()
         }
+    return _figures(clean, calls)
+
+
+def compare_parts(case: Case, cuts: Sequence[int], *, backend: str | None = None) -> Comparison:
+    """Figures of out, lse and max_logits when ``accumulate`` takes the columns between ``cuts`` one part at a time.
+
+    Args:
+        case: as in ``compare``; gradients are ignored.
+        cuts: ascending column numbers, 0 and the last one left out. The first part has the sink.
+        backend: as in ``attention``.
+    """
+    case = replace(case, dout=None, dlse=None)
+    stats = torch.promote_types(case.q.dtype, torch.float32)
+    out = case.q.new_full((*case.q.shape[:-1], case.v.shape[-1]), torch.nan, dtype=stats)
+    lse = out.new_full(out.shape[:-1], -torch.inf)
+    tops = []
+    for begin, end in pairwise([0, *cuts, case.mask.num_cols]):
+        bands = clip(case.mask.table.cpu().numpy().astype(np.int64), (0, case.mask.num_rows), (begin, end))
+        top = accumulate(
+            out,
+            lse,
+            case.q,
+            case.k[..., begin:end, :, :],
+            case.v[..., begin:end, :, :],
+            Mask(tighten(shift(bands, cols=-begin)), case.mask.num_rows, end - begin),
+            sink=None if tops else case.sink,
+            softmax_scale=case.softmax_scale,
+            softcap=case.softcap,
+            return_max_logits=True,
+            backend=backend,
+        )
+        assert top is not None
+        tops.append(top)
+    found = {"out": out, "lse": lse, "max_logits": torch.stack(tops).amax(dim=0)}
+    return _figures(_cleaned(case), {"": found})
+
+
+def _figures(clean: Case, calls: dict[str, dict[str, torch.Tensor]]) -> Comparison:
+    """What each call found, by label, against the formula."""
     exact, plain = _by_formula(clean, torch.float64), _by_formula(clean, None)
     units, zeros = _units(clean, exact), _zeros(clean)
     return Comparison(

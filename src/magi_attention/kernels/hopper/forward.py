@@ -291,9 +291,10 @@ def score(q_smem, k_smem, BLOCK_N: gl.constexpr, s_layout: gl.constexpr):
 @gluon.jit
 def conclude(
     SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, pivot, total, tile_words, num_rows, num_heads,
-    W: gl.constexpr, PACK: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, rows: gl.constexpr,
+    W: gl.constexpr, PACK: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, ACCUMULATE: gl.constexpr,
+    rows: gl.constexpr,
 ):  # fmt: skip
-    """lse of a tile, sink included, and what its rows' accumulators must be multiplied by."""
+    """lse of a tile, sink and earlier result included; what its accumulators and what the earlier rows are weighed by."""
     row_begin, row_end, batch, head = get_words(tile_words)
     packed = gl.arange(0, 64, layout=rows)
     row = row_begin + W * (64 // PACK) + packed // PACK
@@ -315,11 +316,36 @@ def conclude(
         weight = gl.exp2(pivot - base)
         total = total * weight + gl.exp2(sink - base)
         pivot = peak
+    at_lse = (batch.to(gl.int64) * num_rows + row) * num_heads + head_of_row
+    share = gl.zeros([64], gl.float32, rows)
+    if ACCUMULATE:
+        earlier = gl.load(LSE + at_lse, mask=live, other=-float("inf")) * LOG2E
+        peak = gl.maximum(pivot, earlier)
+        base = gl.where(peak == -float("inf"), 0.0, peak)
+        fade = gl.exp2(pivot - base)
+        share = gl.exp2(earlier - base)
+        weight = weight * fade
+        total = total * fade + share
+        pivot = peak
     seen = total > 0.0
     lse = gl.where(seen, (pivot + gl.log2(total)) * LN2, -float("inf"))
-    at_lse = (batch.to(gl.int64) * num_rows + row) * num_heads + head_of_row
     gl.store(LSE + at_lse, lse, mask=live)
-    return gl.where(seen, weight / total, 0.0)
+    return gl.where(seen, weight / total, 0.0), gl.where(seen, share / total, 0.0)
+
+
+@gluon.jit
+def rows_of_out(OUT, stride_ob, stride_ot, stride_oh, batch, head, first_row, row_end,
+                PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Pointers to a warpgroup's rows, and which of them are before ``row_end``; strides in units of 8 elements."""
+    packed = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    row = first_row + packed // PACK
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    at = (
+        row.to(gl.int64) * stride_ot
+        + (head + packed % PACK).to(gl.int64) * stride_oh
+        + batch.to(gl.int64) * stride_ob
+    )
+    return OUT + at[:, None] * 8 + column[None, :], (row < row_end)[:, None] & (column < DV)[None, :]
 
 
 @gluon.jit
@@ -340,9 +366,24 @@ def store_out(
         fence_proxy()
         tma_store(O_DESC, [batch, first_row, head, 0], o_bufs.index(W))
     else:  # rows of the next tile must stay untouched
-        store_rows(
-            OUT, stride_ob, stride_ot, stride_oh, out, batch, head, first_row, row_end, PACK, D, DV, layout
+        at, live = rows_of_out(
+            OUT, stride_ob, stride_ot, stride_oh, batch, head, first_row, row_end, PACK, D, DV, layout
         )
+        gl.store(at, out, mask=live)
+
+
+@gluon.jit
+def add_out(OUT, stride_ob, stride_ot, stride_oh, out, share, tile_words,
+            W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Add ``share`` of the rows that OUT (fp32) holds, and write the sum there."""
+    row_begin, row_end, batch, head = get_words(tile_words)
+    first_row = row_begin + W * (64 // PACK)
+    at, live = rows_of_out(
+        OUT, stride_ob, stride_ot, stride_oh, batch, head, first_row, row_end, PACK, D, DV, layout
+    )
+    # Rows without an earlier result may hold anything.
+    earlier = gl.load(at, mask=live & (share > 0.0)[:, None], other=0.0)
+    gl.store(at, out + earlier * share[:, None], mask=live)
 
 
 @gluon.jit
@@ -387,7 +428,7 @@ def consumer(
     q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
     W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr,
-    HAS_MAX: gl.constexpr, STAGED: gl.constexpr,
+    HAS_MAX: gl.constexpr, ACCUMULATE: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """``scale`` takes a score (capped, if SOFTCAP) to units of log2; ``cap_scale`` a raw score to tanh's argument."""
     dtype: gl.constexpr = k_bufs.dtype
@@ -450,8 +491,8 @@ def consumer(
             mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
             acc = warpgroup_mma(p_op, v_bufs.index(stage).reshape((BLOCK_N, D)), acc, is_async=True)
             pass_turn(W)
-            weight = conclude(SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, pivot, total, tile_words,
-                              num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, rows_of_s)  # fmt: skip
+            weight, share = conclude(SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS, pivot, total, tile_words,
+                                     num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, ACCUMULATE, rows_of_s)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s,))
             raw_arrive(raw + (K_FREE + next_stage) * 8)
             p, total, pivot = begin(s, scale, cap_scale, message, raw, it + 1, tiles, W, PACK, BLOCK_N, SOFTCAP, dtype,
@@ -462,30 +503,17 @@ def consumer(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             raw_arrive(raw + (V_FREE + stage) * 8)
             p_op = gl.convert_layout(p, p_layout)
-            out = rounded(acc * gl.convert_layout(weight, rows_of_o)[:, None], dtype)
-            store_out(O_DESC, OUT, stride_ob, stride_ot, stride_oh, o_bufs, out, tile_words,
-                      W, PACK, D, DV, STAGED, o_layout)  # fmt: skip
+            out = acc * gl.convert_layout(weight, rows_of_o)[:, None]
+            if ACCUMULATE:
+                add_out(OUT, stride_ob, stride_ot, stride_oh, out, gl.convert_layout(share, rows_of_o), tile_words,
+                        W, PACK, D, DV, o_layout)  # fmt: skip
+            else:
+                store_out(O_DESC, OUT, stride_ob, stride_ot, stride_oh, o_bufs, rounded(out, dtype), tile_words,
+                          W, PACK, D, DV, STAGED, o_layout)  # fmt: skip
             it += 1
     tma_store_wait(0)
     if W == 0:
         take_turn(W)  # absorbs the last warpgroup's last pass
-
-
-@gluon.jit
-def store_rows(OUT, stride_ob, stride_ot, stride_oh, out, batch, head, first_row, row_end,
-               PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """The rows before ``row_end`` of a warpgroup's tile; strides in units of 8 elements."""
-    packed = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    row = first_row + packed // PACK
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    at = (
-        row.to(gl.int64) * stride_ot
-        + (head + packed % PACK).to(gl.int64) * stride_oh
-        + batch.to(gl.int64) * stride_ob
-    )
-    gl.store(
-        OUT + at[:, None] * 8 + column[None, :], out, mask=(row < row_end)[:, None] & (column < DV)[None, :]
-    )
 
 
 RUNTIME_SIZES = [
@@ -507,15 +535,15 @@ RUNTIME_SIZES = [
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
 def forward_kernel(
     Q_DESC, K_DESC, V_DESC, O_DESC,
-    OUT, stride_ob, stride_ot, stride_oh,  # in units of 8 elements
+    OUT, stride_ob, stride_ot, stride_oh,  # in units of 8 elements; fp32 with ACCUMULATE
     SINK, stride_sb, stride_st, stride_sh,  # one sink logit a row and head
-    LSE,  # fp32 (B, T, H), contiguous
+    LSE,  # fp32 (B, T, H), contiguous; with ACCUMULATE it and OUT hold an earlier result, over other columns
     MAX_LOGITS,  # fp32 (H,), starts at -inf
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
     num_rows, num_cols, num_heads, scale, cap_scale,
     PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, STAGED: gl.constexpr,
-    Q_BUFS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, ACCUMULATE: gl.constexpr,
+    STAGED: gl.constexpr, Q_BUFS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """A unit is PACK query heads of one K/V head; ``num_units`` counts those of all batches."""
     dtype: gl.constexpr = Q_DESC.dtype
@@ -547,12 +575,12 @@ def forward_kernel(
             (consumer, (
                 O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
                 q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                gl.constexpr(0), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
+                gl.constexpr(0), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, ACCUMULATE, STAGED,
             )),
             (consumer, (
                 O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
                 q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                gl.constexpr(1), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, STAGED,
+                gl.constexpr(1), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, ACCUMULATE, STAGED,
             )),
             (producer, (
                 Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,

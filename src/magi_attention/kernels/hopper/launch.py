@@ -44,8 +44,8 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
     group = num_heads // num_kv_heads
     pack = packed_heads(group)
     tile = hopper_forward_tile(head_dim, has_short_runs(num_rows, problem.bands.shape[0]))
-    out = q.new_empty(q.shape)
-    lse = torch.empty(batch, num_rows, num_heads, dtype=torch.float32, device=q.device)
+    accumulate = problem.earlier is not None
+    out, lse = problem.earlier or (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32))
     max_logits = (
         torch.full((num_heads,), -torch.inf, dtype=torch.float32, device=q.device)
         if need_max_logits
@@ -62,17 +62,18 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         plan.num_tiles, batch * units, units, group // pack, wave(k, v, units), _PARTS, num_rows, num_cols, num_heads,
     )  # fmt: skip
     arguments = (
-        _descriptor(q, rows), _descriptor(k, columns), _descriptor(v, columns), _descriptor(out, rows),
+        _descriptor(q, rows), _descriptor(k, columns), _descriptor(v, columns),
+        _descriptor(q if accumulate else out, rows),
         out, *strides(out), *optional(problem.sink, lse), lse, max_logits,
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), *sizes, scale, cap_scale,
     )  # fmt: skip
     constants = {
         "PACK": pack, "D": dim, "DV": head_dim, "BLOCK_N": tile.block_cols, "STAGES": tile.num_stages,
-        "SOFTCAP": problem.softcap > 0, "HAS_SINK": problem.sink is not None,
-        "HAS_MAX": need_max_logits, "STAGED": tile.staged_out, "Q_BUFS": tile.num_q_buffers,
+        "SOFTCAP": problem.softcap > 0, "HAS_SINK": problem.sink is not None, "HAS_MAX": need_max_logits,
+        "ACCUMULATE": accumulate, "STAGED": tile.staged_out and not accumulate, "Q_BUFS": tile.num_q_buffers,
         "CONSUMER_REGS": tile.consumer_registers, "PRODUCER_REGS": tile.producer_registers,
     }  # fmt: skip
-    _start(forward_kernel, grid, arguments, constants, tile.max_registers, q, problem.sink)
+    _start(forward_kernel, grid, arguments, constants, tile.max_registers, q, problem.sink, out, lse)
     return out, lse, max_logits
 
 
@@ -181,16 +182,16 @@ def _start(
     constants: dict[str, Any],
     max_registers: int,
     q: torch.Tensor,
-    optional_input: torch.Tensor | None = None,
+    *foreign: torch.Tensor | None,
 ) -> None:
     """Launch a kernel; from the second time on past Triton's look-up, which costs several times the launch.
 
-    What the compiled form depends on is all here: constants, element type, device, whether the one pointer that is not
-    ours is aligned, and whether an integer needs 64 bits.
+    What the compiled form depends on is all here: constants, element type, device, whether the pointers that are not
+    ours are aligned, and whether an integer needs 64 bits.
     """
-    aligned_input = optional_input is None or optional_input.data_ptr() % 16 == 0
+    alignments = [x is None or x.data_ptr() % 16 == 0 for x in foreign]
     wide = max(x for x in arguments if type(x) is int) > _INT32
-    key = (id(kernel), *constants.values(), q.dtype, q.device, aligned_input, wide)
+    key = (id(kernel), *constants.values(), q.dtype, q.device, *alignments, wide)
     if key in _started:
         compiled, tail = _started[key]
         compiled[(programs, 1, 1)](*arguments, *tail)

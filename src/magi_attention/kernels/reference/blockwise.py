@@ -131,7 +131,9 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
     q, k, v, softcap, work = problem.q, problem.k, problem.v, problem.softcap, problem.stats_dtype
     batch, num_rows, num_heads, _ = q.shape
     num_kv_heads, group = k.shape[2], num_heads // k.shape[2]
-    out = q.new_zeros(batch, num_rows, num_heads, v.shape[3])
+    out = q.new_zeros(
+        batch, num_rows, num_heads, v.shape[3], dtype=q.dtype if problem.earlier is None else work
+    )
     lse = q.new_full((batch, num_rows, num_heads), -torch.inf, dtype=work)
     max_logits = q.new_full((num_kv_heads, group), -torch.inf, dtype=work)
     tiles, rooms = list(_tiles(problem)), (_Room(q, work), _Room(q, work))
@@ -151,9 +153,9 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
                     max_logits[heads] = torch.maximum(max_logits[heads], per_head)
     if problem.sink is not None:
         with_sink = torch.logaddexp(lse, problem.sink.to(work))
-        out = (out * torch.exp(lse - with_sink).nan_to_num_(0.0)[..., None]).to(q.dtype)
+        out = (out * torch.exp(lse - with_sink).nan_to_num_(0.0)[..., None]).to(out.dtype)
         lse = with_sink
-    return out, lse, max_logits.flatten()
+    return *problem.merged(out, lse), max_logits.flatten()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from magi_attention.kernels.reference.dense import dense_attention
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, max_logits), computed in fp64."""
     out, lse, top = _evaluate(problem)
-    return out.to(problem.q.dtype), lse.to(problem.stats_dtype), top.to(problem.stats_dtype)
+    out = out.to(problem.q.dtype if problem.earlier is None else problem.stats_dtype)
+    return *problem.merged(out, lse.to(problem.stats_dtype)), top.to(problem.stats_dtype)
 
 
 def backward(

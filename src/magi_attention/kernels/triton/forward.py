@@ -74,13 +74,13 @@ def forward_kernel(
     Q, stride_qb: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
     K, stride_kb: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
     V, stride_vb: tl.int64, stride_vt: tl.int32, stride_vh: tl.int64,
-    OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,
+    OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,  # fp32 with ACCUMULATE
     SINK, stride_sb: tl.int64, stride_st: tl.int64, stride_sh: tl.int64,  # one sink logit a row and head
-    LSE,  # fp32 (B, T, H), contiguous
+    LSE,  # fp32 (B, T, H), contiguous; with ACCUMULATE it and OUT hold an earlier result, over other columns
     MAX_LOGITS,  # fp32 (H,), starts at -inf
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    HAS_SINK: tl.constexpr, HAS_MAX: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_MAX: tl.constexpr, ACCUMULATE: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,11 +132,22 @@ def forward_kernel(
         total = total * fade + tl.exp2(sink - pivot)
         acc = acc * fade[:, None]
         top = new_top
+    row_head = (batch.to(tl.int64) * num_rows + rows) * heads_per_batch + head
+    dims_v = tl.arange(0, BLOCK_DV)
+    out = rows_at(head_of(OUT, batch, head, stride_ob, stride_oh), row_begin, stride_ot, BLOCK_M, dims_v)
+    if ACCUMULATE:
+        earlier = tl.load(LSE + row_head, mask=live, other=float("-inf")) * LOG2E
+        new_top = tl.maximum(top, earlier)
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade = tl.exp2(top - pivot)
+        share = tl.exp2(earlier - pivot)
+        total = total * fade + share
+        # Rows without an earlier result may hold anything.
+        held = (share > 0)[:, None] & (dims_v < DV)[None, :]
+        acc = acc * fade[:, None] + tl.load(out, mask=held, other=0.0) * share[:, None]
+        top = new_top
     seen = total > 0
     acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
-    row_head = (batch.to(tl.int64) * num_rows + rows) * heads_per_batch + head
     tl.store(LSE + row_head, lse, mask=live)
-    dims_v = tl.arange(0, BLOCK_DV)
-    out = rows_at(head_of(OUT, batch, head, stride_ob, stride_oh), row_begin, stride_ot, BLOCK_M, dims_v)
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=live[:, None] & (dims_v < DV)[None, :])

@@ -24,8 +24,10 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
     q, k, v = (aligned(x) for x in (problem.q, problem.k, problem.v))
     batch, num_rows, num_heads, head_dim = q.shape
     head_dim_v = v.shape[3]
-    out = q.new_empty(batch, num_rows, num_heads, head_dim_v)
-    lse = torch.empty(batch, num_rows, num_heads, dtype=torch.float32, device=q.device)
+    out, lse = problem.earlier or (
+        q.new_empty(batch, num_rows, num_heads, head_dim_v),
+        q.new_empty(batch, num_rows, num_heads, dtype=torch.float32),
+    )
     max_logits = torch.full((num_heads,), -torch.inf, dtype=torch.float32, device=q.device)
     tile, plan = _plan("forward", problem)
     work = _work(plan, q, num_heads, num_heads // k.shape[2], wave(k, v, num_heads))
@@ -34,8 +36,8 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         forward_kernel[grid](
             q, *strides(q), k, *strides(k), v, *strides(v), out, *strides(out),
             *optional(problem.sink, lse), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
-            HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, SOFTCAP=problem.softcap > 0,
-            D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
+            HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, ACCUMULATE=problem.earlier is not None,
+            SOFTCAP=problem.softcap > 0, D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_options(tile, q),
         )  # fmt: skip
     return out, lse, max_logits
