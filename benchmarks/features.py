@@ -1,9 +1,10 @@
-"""What the features of a call cost: softcap, a sink, fp16, deterministic gradients, each against the plain call."""
+"""What features cost against the plain call: softcap, a sink, fp16, deterministic gradients, columns in two parts."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -20,22 +21,31 @@ from benchmarks.peers import Run, first_line
 from benchmarks.replay import repeated
 from benchmarks.report import Report, Row, machine_state
 from benchmarks.timing import DIRECTIONS, Entrant, race, stopwatch, summary
-from magi_attention import attention
-from magi_attention.testing import Case, compare, random_case
+from magi_attention import Mask, accumulate, attention
+from magi_attention.testing import Case, compare, compare_parts, random_case
 
 MASK, TOKENS, HEADS, HEAD_DIM = "causal", 16384, (32, 8), 128
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A feature of the call; ``directions`` are those that it may change."""
+    """A feature of the call; ``directions`` are those that it may change.
+
+    ``parts``: the columns are taken in so many calls of ``accumulate``, which has no backward.
+    """
 
     name: str
     softcap: float = 0.0
     num_sinks: int = 0
     dtype: str | None = None
     deterministic: bool = False
+    parts: int = 1
     directions: tuple[str, ...] = DIRECTIONS
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The directions that it has."""
+        return DIRECTIONS if self.parts == 1 else ("forward",)
 
 
 VARIANTS = (
@@ -44,6 +54,7 @@ VARIANTS = (
     Variant("sink", num_sinks=1),
     Variant("fp16", dtype="fp16"),
     Variant("deterministic", deterministic=True, directions=("backward",)),
+    Variant("two parts", parts=2, directions=("forward",)),
 )
 
 
@@ -65,7 +76,10 @@ def _case(variant: Variant, work: Workload, dtype: str, device: torch.device, se
 
 def _fault(variant: Variant, case: Case, rows: list[int] | None, backend: str) -> str:
     """What is wrong with the variant's result, or ""; ``rows`` as in ``compare``."""
-    result = compare(case, backend=backend, rows=rows)
+    if variant.parts > 1:
+        result = compare_parts(case, _cuts(variant, case.mask.num_cols), backend=backend, rows=rows)
+    else:
+        result = compare(case, backend=backend, rows=rows)
     if not result.ok:
         broken = [f"{f.name} {f.ratio:.2f} of its bound {f.fault}" for f in result.figures if not f.ok]
         return "error against fp64: " + ", ".join(broken)
@@ -80,7 +94,31 @@ def _small_fault(variant: Variant, tokens: int, backend: str, dtype: str, device
     return _fault(variant, _case(variant, work, dtype, device, seed=0), None, backend)
 
 
+def _cuts(variant: Variant, num_cols: int) -> list[int]:
+    return [num_cols * n // variant.parts for n in range(1, variant.parts)]
+
+
+def _run_parts(variant: Variant, case: Case, backend: str) -> Run:
+    num_rows, num_cols = case.mask.num_rows, case.mask.num_cols
+    assert isinstance(case.mask, Mask)
+    ranges = list(pairwise([0, *_cuts(variant, num_cols), num_cols]))
+    masks = [case.mask.localise([(0, num_rows)], [each]) for each in ranges]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=torch.float32)
+        lse = out.new_full(out.shape[:-1], -torch.inf)
+        with torch.no_grad():
+            for mask, (begin, end) in zip(masks, ranges, strict=True):
+                accumulate(out, lse, q, k[begin:end], v[begin:end], mask, backend=backend)
+            return out.to(q.dtype)
+
+    return run
+
+
 def _run(variant: Variant, case: Case, backend: str) -> Run:
+    if variant.parts > 1:
+        return _run_parts(variant, case, backend)
+
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention(
             q,
@@ -110,7 +148,7 @@ def measure_features(
     for variant in VARIANTS:
         label = backend if variant.name == "plain" else f"{backend} {variant.name}"
         shape = (work.name, work.tokens, *HEADS, HEAD_DIM, variant.dtype or dtype)
-        for direction in DIRECTIONS:
+        for direction in variant.measured:
             rows[variant.name, direction] = Row(*shape, direction, label, True, work.area)
         try:
             case = _case(variant, work, dtype, device, seed=0)
@@ -119,14 +157,14 @@ def measure_features(
             status, reason = ("wrong", fault) if fault else ("ok", "")
         except Exception as error:
             status, reason = "failed", first_line(error)
-        for direction in DIRECTIONS:
+        for direction in variant.measured:
             rows[variant.name, direction].status = status
             rows[variant.name, direction].reason = reason
         if status == "ok":
             q, k, v = (x.detach().requires_grad_() for x in (case.q, case.k, case.v))
             assert case.dout is not None
             single = Entrant(label, _run(variant, case, backend), (q, k, v, case.dout))
-            entrants[variant.name] = repeated(single, DIRECTIONS, watch)
+            entrants[variant.name] = repeated(single, variant.measured, watch)
     race(list(entrants.values()), watch, DIRECTIONS, rounds, limit_seconds, warmup=1)
     report.states.append({"mask": work.name, "tokens": work.tokens, **machine_state(device)})
     _record(report, rows, entrants)
@@ -158,7 +196,9 @@ def _compile(variant: Variant, backend: str, dtype: str, device: torch.device) -
     _small_fault(variant, TOKENS, backend, dtype, device)
     case = _case(variant, workload(MASK, SMALL_TOKENS[device.type]), dtype, device, seed=0)
     leaves = tuple(x.detach().requires_grad_() for x in (case.q, case.k, case.v))
-    torch.autograd.grad(_run(variant, case, backend)(*leaves), leaves, case.dout)
+    out = _run(variant, case, backend)(*leaves)
+    if "backward" in variant.measured:
+        torch.autograd.grad(out, leaves, case.dout)
 
 
 if __name__ == "__main__":

@@ -51,9 +51,10 @@ class Repeated(Entrant):
     bursts: dict[str, Burst] = field(default_factory=dict)
 
     def lap(self, watch: CudaStopwatch | WallStopwatch, directions: tuple[str, ...]) -> dict[str, float]:
-        """Seconds of one call by direction."""
+        """Seconds of one call by direction, of those that there are bursts of."""
         with on_stream(self.stream):
-            readings = {direction: watch(self.bursts[direction].go)[1] for direction in directions}
+            mine = [direction for direction in directions if direction in self.bursts]
+            readings = {direction: watch(self.bursts[direction].go)[1] for direction in mine}
             return {
                 direction: reading() / self.bursts[direction].calls for direction, reading in readings.items()
             }

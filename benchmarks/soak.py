@@ -39,7 +39,7 @@ import torch
 from benchmarks.opinion import disagreements, same_bits
 from benchmarks.peers import first_line
 from magi_attention.mask import INF, DeviceMask, Mask
-from magi_attention.testing import Case, compare, random_case, results
+from magi_attention.testing import Case, compare, compare_parts, random_case, results
 from magi_attention.testing.variants import head_major_views, packed_views, poisoned, spaced_views
 
 HUNG, BROKEN, IDLE = 2, 1, 3
@@ -215,8 +215,15 @@ def fault_of(case: Case, backend: str, seed: int, near: float) -> tuple[str, flo
     ratio = max(figure.ratio for figure in comparison.figures)
     if ratio > near or any(figure.fault for figure in comparison.figures):
         return str(comparison), ratio
-    # Every third case also with gradients that promise their bits.
-    if seed // len(SPECIALISATIONS) % 3 == 0:
+    # Every third case also with gradients that promise their bits, and every third in parts of the columns.
+    turn = seed // len(SPECIALISATIONS) % 3
+    if turn == 1:
+        cuts = np.sort(np.random.default_rng(seed).integers(0, case.mask.num_cols + 1, 2)).tolist()
+        parts = compare_parts(case, cuts, backend=backend)
+        worst = max(figure.ratio for figure in parts.figures)
+        if worst > near or any(figure.fault for figure in parts.figures):
+            return f"in parts {cuts}:\n{parts}", worst
+    if turn == 0:
         poison_free_memory(case.q.device)
         found = disagreements(case, comparison, backend, deterministic=True)
         return "\n".join(found), ratio

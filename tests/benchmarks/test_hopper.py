@@ -189,7 +189,8 @@ def test_features_are_checked_and_set_against_the_plain_call(tmp_path):
     assert {row["status"] for row in document["rows"]} == {"ok"}
     names = {name.split(",")[0] for name in document["costs"]}
     assert {"softcap forward", "sink backward", "fp16 forward", "deterministic backward"} <= names
-    assert "deterministic forward" not in names
+    assert "two parts forward" in names
+    assert not {"deterministic forward", "two parts backward"} & names
     assert {row["dtype"] for row in document["rows"]} == {"bf16", "fp16"}
 
 

@@ -17,7 +17,7 @@ import torch
 from magi_attention.attention import BandMask, accumulate, attention
 from magi_attention.kernels.reference.dense import dense_attention, multiplicity
 from magi_attention.mask import Mask
-from magi_attention.mask.bands import K0, K1, clip, shift, tighten
+from magi_attention.mask.bands import K0, K1
 from magi_attention.testing.tolerance import Comparison, figure
 
 
@@ -99,6 +99,48 @@ def compare(
         "": results(case, backend, deterministic=deterministic),
         " +max": results(forward, backend, return_max_logits=True),
     }
+    return _figures(case, calls, rows)
+
+
+def compare_parts(
+    case: Case, cuts: Sequence[int], *, backend: str | None = None, rows: Sequence[int] | None = None
+) -> Comparison:
+    """Figures of out, lse and max_logits when ``accumulate`` takes the columns between ``cuts`` one part at a time.
+
+    Args:
+        case: as in ``compare``; gradients are ignored.
+        cuts: ascending column numbers, 0 and the last one left out. The first part has the sink.
+        backend, rows: as in ``compare``.
+    """
+    case = replace(case, dout=None, dlse=None)
+    stats = torch.promote_types(case.q.dtype, torch.float32)
+    out = case.q.new_full((*case.q.shape[:-1], case.v.shape[-1]), torch.nan, dtype=stats)
+    lse = out.new_full(out.shape[:-1], -torch.inf)
+    num_rows, num_cols = case.mask.num_rows, case.mask.num_cols
+    whole = Mask(case.mask.table.cpu().numpy().astype(np.int64), num_rows, num_cols)
+    tops: list[torch.Tensor] = []
+    for begin, end in pairwise([0, *cuts, num_cols]):
+        top = accumulate(
+            out,
+            lse,
+            case.q,
+            case.k[..., begin:end, :, :],
+            case.v[..., begin:end, :, :],
+            whole.localise([(0, num_rows)], [(begin, end)]),
+            sink=None if tops else case.sink,
+            softmax_scale=case.softmax_scale,
+            softcap=case.softcap,
+            return_max_logits=True,
+            backend=backend,
+        )
+        assert top is not None
+        tops.append(top)
+    found = {"out": out, "lse": lse, "max_logits": torch.stack(tops).amax(dim=0)}
+    return _figures(case, {"": found}, rows)
+
+
+def _figures(case: Case, calls: dict[str, dict[str, torch.Tensor]], rows: Sequence[int] | None) -> Comparison:
+    """What each call found, by label, against the formula."""
     wanted = case if rows is None else _restricted(case, rows)
     clean = _cleaned(wanted)
     if rows is not None:
@@ -111,45 +153,6 @@ def compare(
             }
             for label, ours in calls.items()
         }
-    return _figures(clean, calls)
-
-
-def compare_parts(case: Case, cuts: Sequence[int], *, backend: str | None = None) -> Comparison:
-    """Figures of out, lse and max_logits when ``accumulate`` takes the columns between ``cuts`` one part at a time.
-
-    Args:
-        case: as in ``compare``; gradients are ignored.
-        cuts: ascending column numbers, 0 and the last one left out. The first part has the sink.
-        backend: as in ``attention``.
-    """
-    case = replace(case, dout=None, dlse=None)
-    stats = torch.promote_types(case.q.dtype, torch.float32)
-    out = case.q.new_full((*case.q.shape[:-1], case.v.shape[-1]), torch.nan, dtype=stats)
-    lse = out.new_full(out.shape[:-1], -torch.inf)
-    tops = []
-    for begin, end in pairwise([0, *cuts, case.mask.num_cols]):
-        bands = clip(case.mask.table.cpu().numpy().astype(np.int64), (0, case.mask.num_rows), (begin, end))
-        top = accumulate(
-            out,
-            lse,
-            case.q,
-            case.k[..., begin:end, :, :],
-            case.v[..., begin:end, :, :],
-            Mask(tighten(shift(bands, cols=-begin)), case.mask.num_rows, end - begin),
-            sink=None if tops else case.sink,
-            softmax_scale=case.softmax_scale,
-            softcap=case.softcap,
-            return_max_logits=True,
-            backend=backend,
-        )
-        assert top is not None
-        tops.append(top)
-    found = {"out": out, "lse": lse, "max_logits": torch.stack(tops).amax(dim=0)}
-    return _figures(_cleaned(case), {"": found})
-
-
-def _figures(clean: Case, calls: dict[str, dict[str, torch.Tensor]]) -> Comparison:
-    """What each call found, by label, against the formula."""
     exact, plain = _by_formula(clean, torch.float64), _by_formula(clean, None)
     units, zeros = _units(clean, exact), _zeros(clean)
     return Comparison(
