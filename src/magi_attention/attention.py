@@ -128,6 +128,8 @@ _SINK_REMEDY = 'Layouts: "sh" (s_sink, num_heads) or "ssh" (num_tokens_q, s_sink
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if _fit(q, k, v):  # asked in every call: a fraction of the time that finding out what is wrong takes
+        return
     check_type("q", q, torch.Tensor)
     if q.dim() not in (3, 4):
         raise ValueError(complaint("q shape", "(T, H, D) or (B, T, H, D)", tuple(q.shape)))
@@ -143,17 +145,35 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(complaint("head dimension", "at least 1", (head_dim, v.shape[-1])))
 
 
+def _fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether ``_check_tensors`` has nothing to complain about."""
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        return False
+    if not (q.dtype in _FLOATS and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        return False
+    if not (q.dim() in (3, 4) and q.dim() == k.dim() == v.dim()):
+        return False
+    *q_batch, _, num_heads, head_dim = q.shape
+    *k_batch, num_cols, num_kv_heads, k_dim = k.shape
+    *v_batch, v_cols, v_heads, v_dim = v.shape
+    if not (head_dim == k_dim and head_dim > 0 and v_dim > 0 and q_batch == k_batch == v_batch):
+        return False
+    return num_cols == v_cols and num_kv_heads == v_heads > 0 and num_heads % num_kv_heads == 0
+
+
 def _check_mask(mask: BandMask, q: torch.Tensor, k: torch.Tensor) -> None:
-    if not all(hasattr(mask, name) for name in ("table", "num_rows", "num_cols")):
+    try:
+        table, num_rows, num_cols = mask.table, mask.num_rows, mask.num_cols
+    except AttributeError:
         remedy = "Build one with Mask.causal, Mask.varlen, ..."
-        raise TypeError(complaint("mask", "a Mask or DeviceMask", type(mask).__name__, remedy))
-    if (mask.num_rows, mask.num_cols) != (q.shape[-3], k.shape[-3]):
+        raise TypeError(complaint("mask", "a Mask or DeviceMask", type(mask).__name__, remedy)) from None
+    if num_rows != q.shape[-3] or num_cols != k.shape[-3]:
         expected = f"{q.shape[-3]} rows x {k.shape[-3]} columns"
-        raise ValueError(complaint("mask size", expected, f"{mask.num_rows} x {mask.num_cols}"))
-    if mask.table.device.type != "cpu" and mask.table.device != q.device:
-        raise ValueError(complaint("mask.table device", f"cpu or {q.device}", mask.table.device))
-    if max(mask.num_rows, mask.num_cols) >= INF // 2:
-        raise ValueError(complaint("tokens", f"fewer than {INF // 2}", max(mask.num_rows, mask.num_cols)))
+        raise ValueError(complaint("mask size", expected, f"{num_rows} x {num_cols}"))
+    if table.device != q.device and table.device.type != "cpu":
+        raise ValueError(complaint("mask.table device", f"cpu or {q.device}", table.device))
+    if num_rows >= INF // 2 or num_cols >= INF // 2:
+        raise ValueError(complaint("tokens", f"fewer than {INF // 2}", max(num_rows, num_cols)))
 
 
 def _check_scalars(
