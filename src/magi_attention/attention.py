@@ -11,7 +11,7 @@ from magi_attention.errors import check_count, check_number, check_tensor, check
 from magi_attention.kernels import ops
 from magi_attention.kernels.problem import stats_dtype
 from magi_attention.kernels.reference.dense import safe_logsumexp
-from magi_attention.kernels.select import check_backend, choose_backend, request_of
+from magi_attention.kernels.select import backend_for, check_backend
 from magi_attention.mask.bands import INF
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,9 +81,7 @@ def attention(
     _check_mask(mask, q, k)
     _check_scalars(softmax_scale, softcap, sm_margin, dropout_p, alibi_slopes)
     batched = q.dim() == 4
-    if not batched:
-        q, k, v = q[None], k[None], v[None]
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if scale < 0:  # kernels keep a running maximum of scaled scores
         q, scale = -q, -scale
     if backend is not None:
@@ -91,7 +89,7 @@ def attention(
         if (
             not torch.compiler.is_compiling()
         ):  # the operator asks again: what is traced cannot look at the device
-            choose_backend(request_of(q, v), backend)
+            backend_for(q, v, backend)
     out, lse, max_logits = ops.forward(
         q,
         k,
@@ -105,15 +103,15 @@ def attention(
         int(sm_margin),
         backend or "",
     )
-    meta = AttnForwardMeta(lse if batched else lse[0], max_logits if return_max_logits else None)
-    return (out if batched else out[0]), meta
+    return out, AttnForwardMeta(lse, max_logits if return_max_logits else None)
 
 
 def _sink_of(sink: torch.Tensor | None, q: torch.Tensor, batched: bool) -> torch.Tensor | None:
     """One logit a row and head, (B, T, H): the logsumexp over the sinks, expanded without a copy."""
     if sink is None:
         return None
-    batch, num_rows, num_heads, _ = q.shape
+    batch = q.shape[0] if batched else 1
+    num_rows, num_heads, _ = q.shape[-3:]
     check_type("sink", sink, torch.Tensor)
     shapes: tuple[tuple[int | str, ...], ...] = (("s_sink", num_heads), (num_rows, "s_sink", num_heads))
     if batched:
