@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from magi_attention.attention import attention
@@ -235,3 +239,91 @@ def test_autocast_leaves_the_inputs_dtype_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, _ = attention(q, k, v, MASK)
     assert out.dtype == torch.float32
+
+
+def _make_fx(q):
+    return make_fx(lambda q: attention(q, q, q, MASK)[0], pre_dispatch=True)(q)
+
+
+def _fake(q):
+    with FakeTensorMode() as mode:
+        mask = DeviceMask(mode.from_tensor(MASK.table), MASK.num_rows, MASK.num_cols)
+        q = mode.from_tensor(q)
+    return attention(q, q, q, mask)
+
+
+def _profiled(q):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attention(q, q, q, MASK)
+    assert "magi_attention::forward" in {event.key for event in profile.key_averages()}
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def _in(mode):
+    def call(q):
+        with mode():
+            attention(q, q, q, MASK)
+
+    return call
+
+
+def _attention(q):
+    return attention(q, q, q, MASK)[0]
+
+
+LISTENERS = {
+    "gradients": lambda q: _attention(q.requires_grad_()),
+    "gradients of v": lambda q: attention(q, q, q.clone().requires_grad_(), MASK),
+    "gradients of the sink": lambda q: attention(q, q, q, MASK, sink=torch.zeros(1, 2, requires_grad=True)),
+    "compiler": lambda q: torch.compile(_attention, backend="eager", fullgraph=True)(q),
+    "make_fx": _make_fx,
+    "fake tensors": _fake,
+    "meta tensors": lambda q: _attention(q.to("meta")),
+    "vmap": lambda q: torch.vmap(_attention)(q.expand(2, *q.shape)),
+    "functionalize": lambda q: torch.func.functionalize(_attention)(q),
+    "torch.jit.trace": lambda q: torch.jit.trace(_attention, q, check_trace=False),
+    "dispatch mode": _in(_Mode),
+    "function mode": _in(BaseTorchFunctionMode),
+    "profiler": _profiled,
+    "subclass": lambda q: _attention(q.as_subclass(_Subclass)),
+    "lazily negated": lambda q: _attention(torch.complex(q, q).conj().imag),
+}
+
+
+@pytest.mark.parametrize("listener", LISTENERS.values(), ids=LISTENERS)
+@pytest.mark.filterwarnings("ignore")  # of what traces
+def test_whoever_listens_hears_the_operator(monkeypatch, listener):
+    def unheard(*args):
+        raise AssertionError("called past the dispatcher")
+
+    monkeypatch.setattr(ops, "_forward_directly", unheard)
+    listener(torch.randn(30, 2, 16))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_call_past_the_dispatcher_gives_what_the_operator_gives(monkeypatch, batched, with_sink, mode):
+    direct, calls = ops._forward_directly, []
+    monkeypatch.setattr(ops, "_forward_directly", lambda *args: (calls.append(args), direct(*args))[1])
+    q, k, v, sink = (x.detach() for x in leaves())
+    if batched:
+        q, k, v = (torch.stack([x, -x]) for x in (q, k, v))
+    with mode():
+        results = []
+        for nobody_listens in (True, False):
+            monkeypatch.setattr(ops, "_nobody_listens", lambda answer=nobody_listens: answer)
+            out, meta = attention(q, k, v, MASK, sink=sink if with_sink else None, return_max_logits=True)
+            results.append((out, meta.lse, meta.max_logits))
+    assert len(calls) == 1
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+        assert ours.is_inference() == theirs.is_inference() and not ours.requires_grad

@@ -11,7 +11,7 @@ from magi_attention.errors import check_count, check_number, check_tensor, check
 from magi_attention.kernels import ops
 from magi_attention.kernels.problem import stats_dtype
 from magi_attention.kernels.reference.dense import safe_logsumexp
-from magi_attention.kernels.select import check_backend, choose_backend, request_of
+from magi_attention.kernels.select import backend_for, check_backend
 from magi_attention.mask.bands import INF
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,7 +78,6 @@ def attention(
             that cannot run this call; the message says why.
     """
     _check_scalars(softcap, sm_margin, dropout_p, alibi_slopes)
-    batched = q.dim() == 4
     operands = _operands(q, k, v, mask, sink, softmax_scale, backend)
     out, lse, max_logits = ops.forward(
         *operands,
@@ -88,8 +87,7 @@ def attention(
         int(sm_margin),
         backend or "",
     )
-    meta = AttnForwardMeta(lse if batched else lse[0], max_logits if return_max_logits else None)
-    return (out if batched else out[0]), meta
+    return out, AttnForwardMeta(lse, max_logits if return_max_logits else None)
 
 
 def accumulate(
@@ -131,16 +129,16 @@ def accumulate(
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         remedy = "Call it under torch.no_grad()."
         raise NotImplementedError(complaint("accumulate", "inputs without gradient", "requires_grad", remedy))
-    operands = _operands(q, k, v, mask, sink, softmax_scale, backend)
+    q, k, v, *others = _operands(q, k, v, mask, sink, softmax_scale, backend)
     expected = (*q.shape[:-1], v.shape[-1])
     for name, x, shape in (("out", out, expected), ("lse", lse, expected[:-1])):
         check_tensor(name, x, shape=shape, dtypes=(stats_dtype(q.dtype),), device=q.device)
         if not x.is_contiguous():
             raise ValueError(complaint(name, "a contiguous tensor", f"strides {x.stride()}"))
     if q.dim() == 3:
-        out, lse = out[None], lse[None]
+        out, lse, q, k, v = (x[None] for x in (out, lse, q, k, v))
     max_logits = ops.accumulate(
-        out, lse, *operands, float(softcap), return_max_logits, int(sm_margin), backend or ""
+        out, lse, q, k, v, *others, float(softcap), return_max_logits, int(sm_margin), backend or ""
     )
     return max_logits if return_max_logits else None
 
@@ -154,30 +152,29 @@ def _operands(
     softmax_scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
-    """Checked and batched: q, k, v, sink, bands and a scale that is not negative."""
+    """Checked: q, k, v, sink (B, T, H), bands and a scale that is not negative."""
     _check_tensors(q, k, v)
     _check_mask(mask, q, k)
     if softmax_scale is not None:
         check_number("softmax_scale", softmax_scale)
-    batched = q.dim() == 4
-    if not batched:
-        q, k, v = q[None], k[None], v[None]
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if scale < 0:  # kernels keep a running maximum of scaled scores
         q, scale = -q, -scale
     if backend is not None:
         check_backend(backend)
         # The operator asks again; while traced, nothing may look at the device.
         if not torch.compiler.is_compiling():
-            choose_backend(request_of(q, v), backend)
-    return q, k, v, _sink_of(sink, q, batched), mask.table, scale
+            backend_for(q, v, backend)
+    return q, k, v, _sink_of(sink, q), mask.table, scale
 
 
-def _sink_of(sink: torch.Tensor | None, q: torch.Tensor, batched: bool) -> torch.Tensor | None:
+def _sink_of(sink: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     """One logit a row and head, (B, T, H): the logsumexp over the sinks, expanded without a copy."""
     if sink is None:
         return None
-    batch, num_rows, num_heads, _ = q.shape
+    batched = q.dim() == 4
+    batch = q.shape[0] if batched else 1
+    num_rows, num_heads, _ = q.shape[-3:]
     check_type("sink", sink, torch.Tensor)
     shapes: tuple[tuple[int | str, ...], ...] = (("s_sink", num_heads), (num_rows, "s_sink", num_heads))
     if batched:
@@ -192,6 +189,8 @@ _SINK_REMEDY = 'Layouts: "sh" (s_sink, num_heads) or "ssh" (num_tokens_q, s_sink
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if _fit(q, k, v):  # asked in every call: a fraction of the time that finding out what is wrong takes
+        return
     check_type("q", q, torch.Tensor)
     if q.dim() not in (3, 4):
         raise ValueError(complaint("q shape", "(T, H, D) or (B, T, H, D)", tuple(q.shape)))
@@ -207,17 +206,35 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(complaint("head dimension", "at least 1", (head_dim, v.shape[-1])))
 
 
+def _fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether ``_check_tensors`` has nothing to complain about."""
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        return False
+    if not (q.dtype in _FLOATS and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        return False
+    if not (q.dim() in (3, 4) and q.dim() == k.dim() == v.dim()):
+        return False
+    *q_batch, _, num_heads, head_dim = q.shape
+    *k_batch, num_cols, num_kv_heads, k_dim = k.shape
+    *v_batch, v_cols, v_heads, v_dim = v.shape
+    if not (head_dim == k_dim and head_dim > 0 and v_dim > 0 and q_batch == k_batch == v_batch):
+        return False
+    return num_cols == v_cols and num_kv_heads == v_heads > 0 and num_heads % num_kv_heads == 0
+
+
 def _check_mask(mask: BandMask, q: torch.Tensor, k: torch.Tensor) -> None:
-    if not all(hasattr(mask, name) for name in ("table", "num_rows", "num_cols")):
+    try:
+        table, num_rows, num_cols = mask.table, mask.num_rows, mask.num_cols
+    except AttributeError:
         remedy = "Build one with Mask.causal, Mask.varlen, ..."
-        raise TypeError(complaint("mask", "a Mask or DeviceMask", type(mask).__name__, remedy))
-    if (mask.num_rows, mask.num_cols) != (q.shape[-3], k.shape[-3]):
+        raise TypeError(complaint("mask", "a Mask or DeviceMask", type(mask).__name__, remedy)) from None
+    if num_rows != q.shape[-3] or num_cols != k.shape[-3]:
         expected = f"{q.shape[-3]} rows x {k.shape[-3]} columns"
-        raise ValueError(complaint("mask size", expected, f"{mask.num_rows} x {mask.num_cols}"))
-    if mask.table.device.type != "cpu" and mask.table.device != q.device:
-        raise ValueError(complaint("mask.table device", f"cpu or {q.device}", mask.table.device))
-    if max(mask.num_rows, mask.num_cols) >= INF // 2:
-        raise ValueError(complaint("tokens", f"fewer than {INF // 2}", max(mask.num_rows, mask.num_cols)))
+        raise ValueError(complaint("mask size", expected, f"{num_rows} x {num_cols}"))
+    if table.device != q.device and table.device.type != "cpu":
+        raise ValueError(complaint("mask.table device", f"cpu or {q.device}", table.device))
+    if num_rows >= INF // 2 or num_cols >= INF // 2:
+        raise ValueError(complaint("tokens", f"fewer than {INF // 2}", max(num_rows, num_cols)))
 
 
 def _check_scalars(

@@ -59,6 +59,7 @@ def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]]:
     replaced["portable"] = mock.MagicMock()
     replaced["_num_programs"] = mock.Mock(return_value=132)
     replaced["_work_counter"] = mock.Mock(return_value=torch.zeros(2, dtype=torch.int32))
+    launch._forward_of.cache_clear()  # it remembers the kernel
     with mock.patch.multiple(launch, **replaced):
         if variant.kernel == "forward":
             launch.forward(problem, variant.max_logits)

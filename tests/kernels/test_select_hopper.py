@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from magi_attention import Mask, explain
 from magi_attention.kernels import select
-from magi_attention.kernels.select import BACKENDS, Request, choose_backend, describe, refusal
+from magi_attention.kernels.select import BACKENDS, Request, backend_for, choose_backend, describe, refusal
 
 ON_HOPPER = Request("cuda", torch.bfloat16, 128, 128, capability=(9, 0))
 ON_CPU = Request("cpu", torch.bfloat16, 128, 128)
@@ -82,6 +83,32 @@ def test_other_backends_can_be_asked_for_on_hopper(monkeypatch: pytest.MonkeyPat
     assert [choose_backend(ON_HOPPER, name) for name in BACKENDS] == [*BACKENDS]
     monkeypatch.setenv("MAGI_ATTENTION_BACKEND", "triton")
     assert choose_backend(ON_HOPPER) == "triton"
+
+
+def test_the_remembered_choice_follows_device_dims_name_and_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gpu_tensor(index: int = 0, dtype: torch.dtype = torch.bfloat16, dim: int = 128) -> SimpleNamespace:
+        return SimpleNamespace(
+            is_cuda=True, device=torch.device("cuda", index), dtype=dtype, shape=(8, 1, dim)
+        )
+
+    select._backend_on_gpu.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(select, "_capability", lambda index: [(9, 0), (8, 0)][index])
+    q = gpu_tensor()
+    for _ in range(2):
+        assert backend_for(q, q) == "hopper"
+        assert backend_for(gpu_tensor(index=1), gpu_tensor(index=1)) == "triton"
+        assert backend_for(gpu_tensor(dtype=torch.float64), q) == "blockwise"
+        assert backend_for(q, gpu_tensor(dim=64)) == "triton"
+        assert backend_for(q, q, "dense") == "dense"
+        with pytest.raises(NotImplementedError, match=r"compute capability 8\.0, not a Hopper"):
+            backend_for(gpu_tensor(index=1), q, "hopper")
+        with monkeypatch.context() as environment:
+            environment.setenv("MAGI_ATTENTION_BACKEND", "triton")
+            assert backend_for(q, q) == "triton"
+    select._backend_on_gpu.cache_clear()
 
 
 def test_without_gluon_triton_runs_instead(monkeypatch: pytest.MonkeyPatch) -> None:

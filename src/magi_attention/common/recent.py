@@ -24,9 +24,10 @@ class Recent(Generic[Value]):
     def get(self, key: Hashable) -> Value | None:
         """The value, now the most recently used; None when there is none."""
         with self._lock:
-            if key in self._values:
+            value = self._values.get(key)
+            if value is not None:
                 self._values.move_to_end(key)
-            return self._values.get(key)
+            return value
 
     def put(self, key: Hashable, value: Value) -> None:
         """Remember ``value`` under ``key``."""

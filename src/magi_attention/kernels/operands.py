@@ -19,23 +19,28 @@ def aligned(x: torch.Tensor, repeats: bool = True) -> torch.Tensor:
     Args:
         repeats: whether an axis may be repeated by stride 0.
     """
-    return x if x.data_ptr() % 16 == 0 and _in_place(x.shape, x.stride(), repeats) else x.contiguous()
+    if x.data_ptr() % 16 == 0 and in_place(x.shape, x.stride(), repeats):
+        return x
+    # Not contiguous(): that leaves misaligned memory where it is.
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def strides(x: torch.Tensor) -> tuple[int, ...]:
     """Batch, token and head strides in units of 8 elements; that of an axis of length one is arbitrary: 0."""
-    return _steps(x.shape, x.stride())
+    return steps(x.shape, x.stride())
 
 
 # Asked in every call, for few shapes: looking an answer up is a tenth of finding it.
 @functools.lru_cache(maxsize=4096)
-def _in_place(shape: tuple[int, ...], stride: tuple[int, ...], repeats: bool) -> bool:
-    steps = [s for s, n in zip(stride[:3], shape, strict=False) if n > 1]
-    return stride[3] == 1 and all(s % ALIGN == 0 and (repeats or s != 0) for s in steps)
+def in_place(shape: tuple[int, ...], stride: tuple[int, ...], repeats: bool) -> bool:
+    """Whether kernels can read aligned memory of this shape and these strides where it is; see ``aligned``."""
+    used = [s for s, n in zip(stride[:3], shape, strict=False) if n > 1]
+    return stride[3] == 1 and all(s % ALIGN == 0 and (repeats or s != 0) for s in used)
 
 
 @functools.lru_cache(maxsize=4096)
-def _steps(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+def steps(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """``strides`` of a tensor of this shape and these strides."""
     return tuple(s // ALIGN if n > 1 else 0 for s, n in zip(stride[:3], shape, strict=False))
 
 
@@ -47,11 +52,12 @@ def optional(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
 def wave(x: torch.Tensor, y: torch.Tensor, num_heads: int) -> int:
     """How many heads to run side by side, so that what they all read (``x`` and ``y``, per head) fits in L2."""
     per_head = x.shape[1] * (x.shape[3] + y.shape[3]) * x.element_size()
-    return _wave(x.shape[2], per_head, num_heads)
+    return heads_in_cache(x.shape[2], per_head, num_heads)
 
 
 @functools.lru_cache(maxsize=4096)
-def _wave(shared_heads: int, bytes_per_head: int, num_heads: int) -> int:
+def heads_in_cache(shared_heads: int, bytes_per_head: int, num_heads: int) -> int:
+    """``wave`` of ``num_heads`` heads over ``shared_heads``, each of which reads ``bytes_per_head``."""
     fitting = max(1, _L2_BYTES // max(bytes_per_head, 1))
     while shared_heads % fitting:
         fitting -= 1

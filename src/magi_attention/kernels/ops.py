@@ -8,12 +8,13 @@ max_logits (H,).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from magi_attention.kernels.problem import Problem, stats_dtype
-from magi_attention.kernels.select import choose_backend, request_of
+from magi_attention.kernels.select import backend_for
 
 _FORWARD = (
     "forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, float softmax_scale, float softcap, "
@@ -35,8 +36,8 @@ _library.define(_BACKWARD)
 _library.define(_ACCUMULATE)
 
 
-def _implementation(backend: str, q: torch.Tensor, v: torch.Tensor) -> Any:
-    backend = choose_backend(request_of(q, v), backend or None)
+@functools.cache
+def _module(backend: str) -> Any:
     if backend == "hopper":
         from magi_attention.kernels.hopper import launch as hopper
 
@@ -54,11 +55,16 @@ def _implementation(backend: str, q: torch.Tensor, v: torch.Tensor) -> Any:
     return blockwise
 
 
+def _implementation(backend: str, q: torch.Tensor, v: torch.Tensor) -> Any:
+    return _module(backend_for(q, v, backend or None))
+
+
 def _forward(  # type: ignore[no-untyped-def]
     q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
-    return _implementation(backend, q, v).forward(problem, need_max_logits)
+    out, lse, max_logits = _implementation(backend, q, v).forward(problem, need_max_logits)
+    return out, lse, lse.new_empty(q.shape[2]) if max_logits is None else max_logits
 
 
 def _backward(  # type: ignore[no-untyped-def]
@@ -72,7 +78,8 @@ def _accumulate(  # type: ignore[no-untyped-def]
     out, lse, q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, sm_margin=sm_margin, earlier=(out, lse))
-    return _implementation(backend, q, v).forward(problem, need_max_logits)[2]
+    max_logits = _implementation(backend, q, v).forward(problem, need_max_logits)[2]
+    return lse.new_empty(q.shape[2]) if max_logits is None else max_logits
 
 
 for _device in ("CPU", "CUDA"):
@@ -131,8 +138,75 @@ torch.library.register_autograd(
     "magi_attention::forward", _differentiate, setup_context=_save_for_backward, lib=_library
 )
 
-forward = torch.ops.magi_attention.forward.default
-"""(out, lse, max_logits) of one backend; differentiable in q, k, v, sink through out and lse."""
+_operator = torch.ops.magi_attention.forward.default
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    bands: torch.Tensor,
+    *scalars: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(out, lse, max_logits) of one backend; differentiable in q, k, v, sink through out and lse.
+
+    q, k and v may come without their batch axis: then out and lse do as well. The sink always has its own. max_logits
+    may be None where nobody asked for it.
+    """
+    # The way through the dispatcher takes longer than launching a kernel.
+    if _nobody_listens() and _are_plain(q, k, v, sink, bands):
+        return _forward_directly(q, k, v, sink, bands, *scalars)
+    if q.dim() == 4:
+        return _operator(q, k, v, sink, bands, *scalars)
+    out, lse, max_logits = _operator(q[None], k[None], v[None], sink, bands, *scalars)
+    return out[0], lse[0], max_logits
+
+
+def _forward_directly(  # type: ignore[no-untyped-def]
+    q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
+):
+    implementation = _implementation(backend, q, v)
+    needs_batch = q.dim() == 3 and not getattr(implementation, "FORWARD_TAKES_PACKED", False)
+    if needs_batch:
+        q, k, v = q[None], k[None], v[None]
+    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
+    with torch._C._AutoDispatchBelowAutograd():  # as the operator calls a backend
+        out, lse, max_logits = implementation.forward(problem, need_max_logits)
+    return (out[0], lse[0], max_logits) if needs_batch else (out, lse, max_logits)
+
+
+def _nobody_listens() -> bool:
+    """Whether no compiler, tracer, mode, transform or profiler wants to see which operators are called."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def _are_plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, bands: torch.Tensor
+) -> bool:
+    if sink is not None and not _is_plain(sink):
+        return False
+    return _is_plain(q) and _is_plain(k) and _is_plain(v) and _is_plain(bands)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether the operator would hand ``x`` to a backend as it is, and record nothing."""
+    return (
+        type(x) in _PLAIN
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and (x.is_cuda or x.is_cpu)
+        and x.layout is torch.strided
+        and not x.is_neg()
+    )
+
 
 accumulate = torch.ops.magi_attention.accumulate.default
 """max_logits of further columns, whose result is merged into fp32 (out, lse) in place; not differentiable."""

@@ -17,7 +17,9 @@ class Problem:
     """Inputs of one attention call, as every backend takes them.
 
     A backend is a module with ``forward(problem, need_max_logits) -> (out, lse, max_logits)`` and
-    ``backward(problem, out, lse, dout, dlse) -> (dq, dk, dv, dsink)``; shapes as in ``ops``.
+    ``backward(problem, out, lse, dout, dlse) -> (dq, dk, dv, dsink)``; shapes as in ``ops``. max_logits may be None
+    where it is not needed. With ``FORWARD_TAKES_PACKED`` the forward also takes q, k and v, and gives out and lse,
+    without the batch axis.
 
     Attributes:
         q, k, v: (B, T, H, D), (B, S, HK, D), (B, S, HK, DV).

@@ -131,6 +131,23 @@ def choose_backend(request: Request, name: str | None = None) -> str:
     return "blockwise"
 
 
+def backend_for(q: torch.Tensor, v: torch.Tensor, name: str | None = None) -> str:
+    """``choose_backend(request_of(q, v), name)``, at a fraction of the cost for tensors on a GPU."""
+    name = name or env.backend_override()
+    if q.is_cuda:
+        return _backend_on_gpu(q.device, q.dtype, q.shape[-1], v.shape[-1], name)
+    return choose_backend(request_of(q, v), name)
+
+
+@functools.lru_cache(maxsize=256)
+def _backend_on_gpu(
+    device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int, name: str | None
+) -> str:
+    # Unlike on the CPU, where TRITON_INTERPRET matters, nothing else can change the answer.
+    capability = _capability(device.index) if torch.version.cuda else None
+    return choose_backend(Request(device.type, dtype, head_dim, head_dim_v, capability), name)
+
+
 def describe(request: Request) -> str:
     """One line per backend: yes, or the reason why not."""
     lines = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from magi_attention.mask.bands import clip, transpose
 from magi_attention.plan.tiles import TilePlan, build_plan
 
 _MAX_ENTRIES = 256
+_CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class PlanKey:
-    """What a plan depends on, beside the bands."""
+class PlanKey(NamedTuple):
+    """What a plan depends on, beside the bands. A tuple, because every call looks one up."""
 
     num_rows: int
     num_cols: int
@@ -58,7 +58,7 @@ class PlanCache:
         synchronisation. Inside a CUDA graph capture a device plan is always built anew, so that a replay follows the
         table's content.
         """
-        capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = key.device != _CPU and torch.cuda.is_current_stream_capturing()
         if table.is_cuda and (capturing or table.is_inference()):
             return _build(table, key)
         found = self._find(table, key, may_build=not capturing)
@@ -103,13 +103,18 @@ def _stream_mark(device: torch.device) -> tuple[int, Any]:
 
 def _ordered(entry: _Entry) -> TilePlan:
     """The entry's plan, for the current stream: it waits when another stream built it."""
-    if entry.ready is not None:
-        current = torch.cuda.current_stream(entry.plan.tiles.device)
-        if current.cuda_stream != entry.stream:
-            current.wait_event(entry.ready)
-            for tensor in (entry.plan.tiles, entry.plan.band_list, entry.plan.bands):
-                tensor.record_stream(current)
+    tiles = entry.plan.tiles
+    if entry.ready is not None and current_stream(tiles.get_device()) != entry.stream:
+        current = torch.cuda.current_stream(tiles.device)
+        current.wait_event(entry.ready)
+        for tensor in (tiles, entry.plan.band_list, entry.plan.bands):
+            tensor.record_stream(current)
     return entry.plan
+
+
+def current_stream(device_index: int) -> int:
+    """Handle of the device's current stream; ``torch.cuda.current_stream`` would make an object of it in every call."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 def _digest(table: torch.Tensor) -> bytes:

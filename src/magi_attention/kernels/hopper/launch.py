@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +13,20 @@ from magi_attention.kernels.hopper.backward import backward_kernel
 from magi_attention.kernels.hopper.backward_wide import backward_wide_kernel
 from magi_attention.kernels.hopper.compat import TensorDescriptor, gl
 from magi_attention.kernels.hopper.forward import forward_kernel
-from magi_attention.kernels.operands import ALIGN, aligned, optional, strides, wave
+from magi_attention.kernels.operands import (
+    ALIGN,
+    aligned,
+    heads_in_cache,
+    in_place,
+    optional,
+    steps,
+    strides,
+    wave,
+)  # fmt: skip
 from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.triton import launch as portable
 from magi_attention.kernels.triton.backward import delta_kernel, gather_dq_kernel, scale_dq_kernel
-from magi_attention.plan.cache import PlanKey, plan_cache
+from magi_attention.plan.cache import PlanKey, current_stream, plan_cache
 from magi_attention.plan.tiling import (
     has_short_runs,
     hopper_backward_tile,
@@ -32,49 +42,132 @@ _DELTA_ROWS = 64
 _DQ_ROWS = 64
 # The longest quarter of the tiles runs first, over all heads: what is left for the end is short.
 _PARTS = 4
+FORWARD_TAKES_PACKED = True
+"""Views with a batch axis, and of the results without it, would take as long as a launch."""
 
 
-def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, lse, max_logits) of one call."""
+@dataclass(frozen=True)
+class _Forward:
+    """What shapes, strides and options decide of a forward: worked out once, looked up in every call.
+
+    Attributes:
+        plan_key: of the plan to run. num_units: groups of heads, over the batch, that walk each of its tiles.
+        max_programs: one for each multiprocessor that may be used.
+        frames: of the descriptors of q, k, v and out. out_strides: as the kernel takes them.
+        lse_shape, lse_stride: of lse, whose strides save torch the time to find them.
+        rest: the kernel's last arguments, those after the number of tiles.
+        is_wide: whether one of these integers needs 64 bits.
+        form: the kernel with its constants.
+    """
+
+    plan_key: PlanKey
+    num_units: int
+    max_programs: int
+    frames: tuple[dict[str, Any], ...]
+    out_strides: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    lse_stride: tuple[int, ...]
+    rest: tuple[int | float, ...]
+    is_wide: bool
+    form: _Form
+
+
+def forward(
+    problem: Problem, need_max_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(out, lse, max_logits) of one call; q, k, v, out and lse with a batch axis or without."""
+    q, k, v, sink = problem.q, problem.k, problem.v, problem.sink
+    device = q.device
+    call = _forward_of(
+        q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, device, problem.bands.shape[0], sink is not None,
+        need_max_logits, problem.earlier is not None, problem.softmax_scale, problem.softcap, problem.sm_margin,
+    )  # fmt: skip
+    if call is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return _forward_of_others(problem, need_max_logits)
+    if problem.earlier is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty_strided(call.lse_shape, call.lse_stride, dtype=torch.float32, device=device)
+        out_descriptor = _framed(out, call.frames[3])
+    else:
+        out, lse = problem.earlier
+        # A stand-in: the kernel adds to the fp32 rows without the copy engine.
+        out_descriptor = _framed(q, call.frames[0])
+    max_logits = None
+    if need_max_logits:
+        max_logits = torch.full((q.shape[-2],), -torch.inf, dtype=torch.float32, device=device)
+    plan = plan_cache.plan_for(problem.bands, call.plan_key)
+    num_tiles = plan.num_tiles
+    arguments = (
+        *map(_framed, (q, k, v), call.frames), out_descriptor,
+        out, *call.out_strides, *optional(sink, lse), lse, lse if max_logits is None else max_logits,
+        plan.tiles, plan.band_list, plan.bands, _work_counter(device), num_tiles, *call.rest,
+    )  # fmt: skip
+    programs = min(num_tiles * call.num_units, call.max_programs)
+    is_wide = call.is_wide or num_tiles > _INT32 or (sink is not None and max(sink.stride()) > _INT32)
+    call.form.start(programs, arguments, is_wide, sink, *(problem.earlier or ()))
+    return out, lse, max_logits
+
+
+def _forward_of_others(
+    problem: Problem, need_max_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What the copy engine cannot read in place: on copies, or, without tokens, on the portable kernels."""
+    q, k, v = problem.q, problem.k, problem.v
+    if q.dim() == 3:
+        problem = replace(problem, q=q[None], k=k[None], v=v[None])
+        out, lse, max_logits = _forward_of_others(problem, need_max_logits)
+        return out[0], lse[0], max_logits
     if _has_no_tokens(problem):
         return portable.forward(problem, need_max_logits)
-    q, k, v = (_readable(x) for x in (problem.q, problem.k, problem.v))
-    batch, num_rows, num_heads, head_dim = q.shape
-    num_cols, num_kv_heads = k.shape[1:3]
+    copies = replace(problem, q=_readable(q), k=_readable(k), v=_readable(v))
+    return forward(copies, need_max_logits)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_of(
+    q_shape: tuple[int, ...], q_stride: tuple[int, ...], k_shape: tuple[int, ...], k_stride: tuple[int, ...],
+    v_stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, num_bands: int, has_sink: bool,
+    need_max_logits: bool, accumulate: bool, softmax_scale: float, softcap: float, sm_margin: int,
+) -> _Forward | None:  # fmt: skip
+    """None where the copy engine cannot read the tensors in place. v has the shape of k."""
+    lse_shape = q_shape[:-1]
+    if len(q_shape) == 3:
+        q_shape, k_shape = (1, *q_shape), (1, *k_shape)
+        q_stride, k_stride, v_stride = (0, *q_stride), (0, *k_stride), (0, *v_stride)
+    given = ((q_shape, q_stride), (k_shape, k_stride), (k_shape, v_stride))
+    if not all(0 not in shape and in_place(shape, stride, repeats=False) for shape, stride in given):
+        return None
+    batch, num_rows, num_heads, head_dim = q_shape
+    num_cols, num_kv_heads = k_shape[1:3]
     group = num_heads // num_kv_heads
     pack = packed_heads(group)
-    tile = hopper_forward_tile(head_dim, has_short_runs(num_rows, problem.bands.shape[0]))
-    accumulate = problem.earlier is not None
-    out, lse = problem.earlier or (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32))
-    max_logits = (
-        torch.full((num_heads,), -torch.inf, dtype=torch.float32, device=q.device)
-        if need_max_logits
-        else lse.new_empty(num_heads)
-    )
-    key = PlanKey(num_rows, num_cols, tile.block_rows(pack), tile.block_cols, False, q.device)
-    plan = plan_cache.plan_for(problem.bands, key)
-    units = num_heads // pack
-    dim = _padded(head_dim)
+    tile = hopper_forward_tile(head_dim, has_short_runs(num_rows, num_bands))
+    units, dim, size = num_heads // pack, _padded(head_dim), dtype.itemsize
     rows, columns = (1, 64 // pack, pack, dim), (1, tile.block_cols, 1, dim)
-    scale, cap_scale = _scales(problem)
-    grid = min(plan.num_tiles * batch * units, _num_programs(q.device, problem.sm_margin))
-    sizes = (
-        plan.num_tiles, batch * units, units, group // pack, wave(k, v, units), _PARTS, num_rows, num_cols, num_heads,
-    )  # fmt: skip
-    arguments = (
-        _descriptor(q, rows), _descriptor(k, columns), _descriptor(v, columns),
-        _descriptor(q if accumulate else out, rows),
-        out, *strides(out), *optional(problem.sink, lse), lse, max_logits,
-        plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), *sizes, scale, cap_scale,
-    )  # fmt: skip
+    blocks = (rows, columns, columns, rows)
+    out_stride = (num_rows * num_heads * head_dim, num_heads * head_dim, head_dim, 1)
+    tensors = (*given, (q_shape, out_stride))
+    side_by_side = heads_in_cache(num_kv_heads, 2 * num_cols * head_dim * size, units)
     constants = {
         "PACK": pack, "D": dim, "DV": head_dim, "BLOCK_N": tile.block_cols, "STAGES": tile.num_stages,
-        "SOFTCAP": problem.softcap > 0, "HAS_SINK": problem.sink is not None, "HAS_MAX": need_max_logits,
+        "SOFTCAP": softcap > 0, "HAS_SINK": has_sink, "HAS_MAX": need_max_logits,
         "ACCUMULATE": accumulate, "STAGED": tile.staged_out and not accumulate, "Q_BUFS": tile.num_q_buffers,
         "CONSUMER_REGS": tile.consumer_registers, "PRODUCER_REGS": tile.producer_registers,
     }  # fmt: skip
-    _start(forward_kernel, grid, arguments, constants, tile.max_registers, q, problem.sink, out, lse)
-    return out, lse, max_logits
+    out_strides = steps(q_shape, out_stride)
+    sizes = (batch * units, units, group // pack, side_by_side, _PARTS, num_rows, num_cols, num_heads)
+    return _Forward(
+        plan_key=PlanKey(num_rows, num_cols, tile.block_rows(pack), tile.block_cols, False, device),
+        num_units=batch * units,
+        max_programs=_num_programs(device, sm_margin),
+        frames=tuple(_frame(*x, block, size) for x, block in zip(tensors, blocks, strict=True)),
+        out_strides=out_strides,
+        lse_shape=tuple(lse_shape),
+        lse_stride=(num_rows * num_heads, num_heads, 1)[-len(lse_shape) :],
+        rest=(*sizes, *_scales(softmax_scale, softcap)),
+        is_wide=max(*sizes, *out_strides) > _INT32,
+        form=_form(forward_kernel, tuple(constants.items()), tile.max_registers, dtype, device),
+    )
 
 
 def backward(
@@ -98,7 +191,7 @@ def backward(
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * num_kv_heads,
         num_kv_heads, group // pack, wave(q, dout, num_kv_heads), _PARTS,
     )  # fmt: skip
-    scales = (*_scales(problem), problem.softmax_scale)
+    scales = (*_scales(problem.softmax_scale, problem.softcap), problem.softmax_scale)
     constants = {
         "PACK": pack, "D": dim, "HEAD_DIM": head_dim, "BLOCK_Q": tile.block_queries, "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages, "SOFTCAP": problem.softcap > 0,
@@ -172,7 +265,43 @@ def _row_statistics(
     return lse2, delta, dsink
 
 
-_started: dict[tuple, tuple[Any, tuple]] = {}
+class _Form:
+    """A kernel with its constants, for one element type and device.
+
+    From the second time on it is launched past Triton's look-up, which costs several times the launch. What else the
+    compiled kernel depends on: whether the pointers that are not ours are aligned, and whether an integer needs 64 bits.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], max_registers: int) -> None:
+        self._kernel, self._constants, self._max_registers = kernel, constants, max_registers
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+        self._tail: tuple = ()
+
+    def start(self, programs: int, arguments: tuple, is_wide: bool, *foreign: torch.Tensor | None) -> None:
+        """Launch ``programs`` programs with these arguments.
+
+        Args:
+            is_wide: whether an integer needs 64 bits.
+            foreign: those of the arguments that are not ours, but for those that the copy engine reads.
+        """
+        key = (is_wide, *[x is None or x.data_ptr() % 16 == 0 for x in foreign])
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[(programs, 1, 1)](*arguments, *self._tail)
+            return
+        compiled = self._kernel[(programs,)](
+            *arguments, **self._constants, num_warps=4, maxnreg=self._max_registers, enable_fp_fusion=True
+        )
+        if compiled is not None:
+            self._tail = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
+            self._compiled[key] = compiled
+
+
+@functools.cache
+def _form(
+    kernel: Any, constants: tuple, max_registers: int, dtype: torch.dtype, device: torch.device
+) -> _Form:
+    return _Form(kernel, dict(constants), max_registers)
 
 
 def _start(
@@ -182,25 +311,10 @@ def _start(
     constants: dict[str, Any],
     max_registers: int,
     q: torch.Tensor,
-    *foreign: torch.Tensor | None,
 ) -> None:
-    """Launch a kernel; from the second time on past Triton's look-up, which costs several times the launch.
-
-    What the compiled form depends on is all here: constants, element type, device, whether the pointers that are not
-    ours are aligned, and whether an integer needs 64 bits.
-    """
-    alignments = [x is None or x.data_ptr() % 16 == 0 for x in foreign]
-    wide = max(x for x in arguments if type(x) is int) > _INT32
-    key = (id(kernel), *constants.values(), q.dtype, q.device, *alignments, wide)
-    if key in _started:
-        compiled, tail = _started[key]
-        compiled[(programs, 1, 1)](*arguments, *tail)
-        return
-    compiled = kernel[(programs,)](
-        *arguments, **constants, num_warps=4, maxnreg=max_registers, enable_fp_fusion=True
-    )
-    if compiled is not None:
-        _started[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    is_wide = max(x for x in arguments if type(x) is int) > _INT32
+    form = _form(kernel, tuple(constants.items()), max_registers, q.dtype, q.device)
+    form.start(programs, arguments, is_wide)
 
 
 def _has_no_tokens(problem: Problem) -> bool:
@@ -213,12 +327,12 @@ def _padded(head_dim: int) -> int:
     return next(size for size in (64, 128, 256) if size >= head_dim)
 
 
-def _scales(problem: Problem) -> tuple[float, float]:
+def _scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
     """What takes a (capped) score to units of log2, and what takes a raw score to tanh's argument."""
-    if problem.softcap > 0:
-        return problem.softcap * _LOG2E, problem.softmax_scale / problem.softcap
+    if softcap > 0:
+        return softcap * _LOG2E, softmax_scale / softcap
     # A scale of zero would turn the -inf of a hidden score into NaN; this one turns every finite score into zero as well.
-    return max(problem.softmax_scale, _TINY) * _LOG2E, 0.0
+    return max(softmax_scale, _TINY) * _LOG2E, 0.0
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -228,9 +342,14 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 def _descriptor(x: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     """Descriptor of ``x`` in blocks; ``x`` is one of ours or ``_readable``."""
+    return _framed(x, _frame(x.shape, x.stride(), block, x.element_size()))
+
+
+def _framed(x: torch.Tensor, frame: dict[str, Any]) -> TensorDescriptor:
+    """Descriptor of ``x``, whose shape and strides are those of ``frame``."""
     # The constructor would check again, at several times the cost of the launch, what holds for such tensors.
     descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__ = {"base": x, **_frame(x.shape, x.stride(), block, x.element_size())}
+    descriptor.__dict__ = {"base": x, **frame}
     return descriptor
 
 
@@ -274,7 +393,8 @@ def _work_counter(device: torch.device) -> torch.Tensor:
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
-    return _counters[key]
+    key = (device, current_stream(device.index))
+    counter = _counters.get(key)
+    if counter is None:
+        counter = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return counter
