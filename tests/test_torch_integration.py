@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -327,3 +328,20 @@ def test_the_call_past_the_dispatcher_gives_what_the_operator_gives(monkeypatch,
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
         assert ours.is_inference() == theirs.is_inference() and not ours.requires_grad
+
+
+def test_a_backend_is_called_on_the_device_of_the_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    entered = []
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext()
+    )
+
+    class Elsewhere:
+        is_cuda = True
+
+        def __init__(self, index):
+            self.device = torch.device("cuda", index)
+
+    with ops._device_of(Elsewhere(0)), ops._device_of(torch.zeros(1)), ops._device_of(Elsewhere(1)):
+        assert entered == [torch.device("cuda", 1)]

@@ -12,7 +12,7 @@ from gpu_cases import DEVICE, MASKS, case_of, on_device
 from magi_attention.attention import attention
 from magi_attention.mask import DeviceMask, Mask
 from magi_attention.mask.lowering import lower_varlen
-from magi_attention.testing import Case
+from magi_attention.testing import Case, assert_matches_oracle, random_case
 
 pytestmark = pytest.mark.gpu
 
@@ -193,3 +193,11 @@ def test_new_lengths_masks_and_batches_compile_no_new_kernels():
     call(1024, 16, 16)
     call(1, 1, 1)
     assert compiled_kernels() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+def test_tensors_on_a_device_that_is_not_the_current_one(backend):
+    case = random_case(Mask.causal(300), heads=(4, 2), head_dim=64, dtype=torch.bfloat16, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert_matches_oracle(case, backend=backend)

@@ -8,6 +8,7 @@ max_logits (H,).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -59,11 +60,22 @@ def _implementation(backend: str, q: torch.Tensor, v: torch.Tensor) -> Any:
     return _module(backend_for(q, v, backend or None))
 
 
+_HERE = contextlib.nullcontext()
+
+
+def _device_of(q: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where to call a backend: Triton launches on the current device, which need not be that of the tensors."""
+    return (
+        torch.cuda.device(q.device) if q.is_cuda and q.device.index != torch.cuda.current_device() else _HERE
+    )
+
+
 def _forward(  # type: ignore[no-untyped-def]
     q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
-    out, lse, max_logits = _implementation(backend, q, v).forward(problem, need_max_logits)
+    with _device_of(q):
+        out, lse, max_logits = _implementation(backend, q, v).forward(problem, need_max_logits)
     return out, lse, lse.new_empty(q.shape[2]) if max_logits is None else max_logits
 
 
@@ -71,14 +83,16 @@ def _backward(  # type: ignore[no-untyped-def]
     dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, deterministic, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
-    return _implementation(backend, q, v).backward(problem, out, lse, dout, dlse)
+    with _device_of(q):
+        return _implementation(backend, q, v).backward(problem, out, lse, dout, dlse)
 
 
 def _accumulate(  # type: ignore[no-untyped-def]
     out, lse, q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, sm_margin=sm_margin, earlier=(out, lse))
-    max_logits = _implementation(backend, q, v).forward(problem, need_max_logits)[2]
+    with _device_of(q):
+        max_logits = _implementation(backend, q, v).forward(problem, need_max_logits)[2]
     return lse.new_empty(q.shape[2]) if max_logits is None else max_logits
 
 
@@ -172,7 +186,7 @@ def _forward_directly(  # type: ignore[no-untyped-def]
     if needs_batch:
         q, k, v = q[None], k[None], v[None]
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
-    with torch._C._AutoDispatchBelowAutograd():  # as the operator calls a backend
+    with _device_of(q), torch._C._AutoDispatchBelowAutograd():  # as the operator calls a backend
         out, lse, max_logits = implementation.forward(problem, need_max_logits)
     return (out[0], lse[0], max_logits) if needs_batch else (out, lse, max_logits)
 
