@@ -80,6 +80,32 @@ def test_a_wrong_result_is_told_with_its_seed(monkeypatch, capsys):
     assert "BROKEN seed 7" in text and "broken seeds [7]" in text and "out" in text
 
 
+@pytest.mark.parametrize(
+    ("seed", "spoils"),
+    [
+        (0, lambda settings: settings.get("return_max_logits", False)),
+        (6, lambda settings: settings.get("deterministic", False)),
+    ],
+)
+def test_other_settings_are_looked_at_too(monkeypatch, seed, spoils):
+    true = oracle.attention
+
+    def spoiled(*args, **settings):
+        out, meta = true(*args, **settings)
+        return out * (1.05 if spoils(settings) else 1.0), meta
+
+    monkeypatch.setattr(oracle, "attention", spoiled)
+    assert soak.main([*CPU, "--seed", str(seed), "--max-tokens", "90"]) == soak.BROKEN
+
+
+def test_columns_in_parts_are_looked_at_too(monkeypatch, capsys):
+    monkeypatch.setattr(
+        oracle, "accumulate", lambda out, lse, *args, **settings: out.new_zeros(out.shape[-2])
+    )
+    assert soak.main([*CPU, "--seed", "3", "--max-tokens", "90"]) == soak.BROKEN
+    assert "in parts" in capsys.readouterr().out
+
+
 def test_a_call_that_raises_is_broken(monkeypatch, capsys):
     def fails(*args, **settings):
         raise RuntimeError("illegal memory access")

@@ -80,7 +80,12 @@ def random_case(
 
 
 def compare(
-    case: Case, *, backend: str | None = None, rows: Sequence[int] | None = None, deterministic: bool = False
+    case: Case,
+    *,
+    backend: str | None = None,
+    rows: Sequence[int] | None = None,
+    deterministic: bool = False,
+    max_logits: bool = True,
 ) -> Comparison:
     """Figures of out, lse and, with dout or dlse, of dq, dk, dv and dsink; then of a forward with max_logits.
 
@@ -93,12 +98,12 @@ def compare(
         rows: compare these distinct rows only, in out, lse and dq: the definition is then evaluated for them
             alone, so that long inputs are affordable.
         deterministic: as in ``attention``.
+        max_logits: whether to look at the second call.
     """
-    forward = replace(case, dout=None, dlse=None)
-    calls = {
-        "": results(case, backend, deterministic=deterministic),
-        " +max": results(forward, backend, return_max_logits=True),
-    }
+    calls = {"": results(case, backend, deterministic=deterministic)}
+    if max_logits:
+        forward = replace(case, dout=None, dlse=None)
+        calls[" +max"] = results(forward, backend, return_max_logits=True)
     return _figures(case, calls, rows)
 
 
