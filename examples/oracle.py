@@ -21,5 +21,6 @@ def compare_with_oracle(model: Decoder, packed: Packed, mask: Mask) -> list[Figu
         sink = layer.attention.sink.detach()
     generator = torch.Generator().manual_seed(0)
     dout = torch.randn(q.shape, generator=generator).to(q)
-    found = compare(Case(q, k, v, mask, sink=sink, dout=dout), backend=model.shape.backend)
-    return [figure for figure in found.figures if figure.name != "max_logits"]
+    case = Case(q, k, v, mask, sink=sink, dout=dout)
+    found = compare(case, backend=model.shape.backend, max_logits=False)
+    return list(found.figures)
