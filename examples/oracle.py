@@ -22,5 +22,4 @@ def compare_with_oracle(model: Decoder, packed: Packed, mask: Mask) -> list[Figu
     generator = torch.Generator().manual_seed(0)
     dout = torch.randn(q.shape, generator=generator).to(q)
     case = Case(q, k, v, mask, sink=sink, dout=dout)
-    found = compare(case, backend=model.shape.backend, max_logits=False)
-    return list(found.figures)
+    return list(compare(case, backend=model.shape.backend, max_logits=False).figures)
