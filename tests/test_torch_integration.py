@@ -281,9 +281,6 @@ def _attention(q):
 
 
 LISTENERS = {
-    "gradients": lambda q: _attention(q.requires_grad_()),
-    "gradients of v": lambda q: attention(q, q, q.clone().requires_grad_(), MASK),
-    "gradients of the sink": lambda q: attention(q, q, q, MASK, sink=torch.zeros(1, 2, requires_grad=True)),
     "compiler": lambda q: torch.compile(_attention, backend="eager", fullgraph=True)(q),
     "make_fx": _make_fx,
     "fake tensors": _fake,
@@ -307,6 +304,39 @@ def test_whoever_listens_hears_the_operator(monkeypatch, listener):
 
     monkeypatch.setattr(ops, "_forward_directly", unheard)
     listener(torch.randn(30, 2, 16))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_backward_that_is_listened_to_is_the_operator(packed):
+    q = torch.randn(*(30, 2, 16) if packed else (2, 30, 2, 16)).requires_grad_()
+    out = _attention(q)
+    assert type(out.grad_fn).__name__ == "_DirectBackward"
+    (quiet,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        (heard,) = torch.autograd.grad(out.sum(), q)
+    assert "magi_attention::backward" in {event.key for event in profile.key_averages()}
+    assert torch.equal(quiet, heard)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("through", ["out", "lse", "both"])
+@pytest.mark.parametrize("which", ["q", "k and v", "sink", "all"])
+def test_gradients_past_the_dispatcher_are_the_operators(monkeypatch, batched, through, which):
+    given, results = leaves(), []
+    for nobody_listens in (True, False):
+        monkeypatch.setattr(ops, "_nobody_listens", lambda answer=nobody_listens: answer)
+        q, k, v, sink = (x.detach() for x in given)
+        if batched:
+            q, k, v = (torch.stack([x, -x]) for x in (q, k, v))
+        wanted = {"q": [q], "k and v": [k, v], "sink": [sink], "all": [q, k, v, sink]}[which]
+        for leaf in wanted:
+            leaf.requires_grad_()
+        out, meta = attention(q, k, v, MASK, sink=sink)
+        assert ("_Direct" in type(out.grad_fn).__name__) == nobody_listens
+        loss = {"out": out, "lse": meta.lse, "both": out.sum() + meta.lse}[through].square().sum()
+        results.append(torch.autograd.grad(loss, wanted))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -130,7 +130,8 @@ def _accumulate_shapes(  # type: ignore[no-untyped-def]
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, sink, bands, softmax_scale, softcap, _, deterministic, sm_margin, backend = inputs
     out, lse, max_logits = output
-    ctx.mark_non_differentiable(max_logits)
+    if max_logits is not None:
+        ctx.mark_non_differentiable(max_logits)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, sink, bands, out, lse)
     ctx.scalars = (softmax_scale, softcap, deterministic, sm_margin, backend)
@@ -142,9 +143,16 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     q, k, v, sink, bands, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dsink = torch.ops.magi_attention.backward.default(
-        dout, dlse, q, k, v, sink, out, lse, bands, *ctx.scalars
-    )
+    packed = q.dim() == 3
+    if packed:
+        dout, q, k, v, out, lse = (x[None] for x in (dout, q, k, v, out, lse))
+        dlse = None if dlse is None else dlse[None]
+    arguments = (dout, dlse, q, k, v, sink, out, lse, bands)
+    direct = _nobody_listens() and _are_plain(*arguments)
+    call = _backward if direct else torch.ops.magi_attention.backward.default
+    dq, dk, dv, dsink = call(*arguments, *ctx.scalars)
+    if packed:
+        dq, dk, dv = dq[0], dk[0], dv[0]
     return dq, dk, dv, (dsink if sink is not None else None), None, None, None, None, None, None, None
 
 
@@ -171,6 +179,8 @@ def forward(
     """
     # The way through the dispatcher takes longer than launching a kernel.
     if _nobody_listens() and _are_plain(q, k, v, sink, bands):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink)):
+            return _Direct.apply(q, k, v, sink, bands, *scalars)
         return _forward_directly(q, k, v, sink, bands, *scalars)
     if q.dim() == 4:
         return _operator(q, k, v, sink, bands, *scalars)
@@ -191,6 +201,20 @@ def _forward_directly(  # type: ignore[no-untyped-def]
     return (out[0], lse[0], max_logits) if needs_batch else (out, lse, max_logits)
 
 
+class _Direct(torch.autograd.Function):
+    """The operator and its gradient without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _forward_directly(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _differentiate(ctx, *gradients)
+
+
 def _nobody_listens() -> bool:
     """Whether no compiler, tracer, mode, transform or profiler wants to see which operators are called."""
     return (
@@ -203,22 +227,12 @@ def _nobody_listens() -> bool:
     )
 
 
-def _are_plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, bands: torch.Tensor
-) -> bool:
-    if sink is not None and not _is_plain(sink):
-        return False
-    return _is_plain(q) and _is_plain(k) and _is_plain(v) and _is_plain(bands)
-
-
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether the operator would hand ``x`` to a backend as it is, and record nothing."""
-    return (
-        type(x) in _PLAIN
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and (x.is_cuda or x.is_cpu)
-        and x.layout is torch.strided
-        and not x.is_neg()
+def _are_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether the operator would hand these to a backend as they are."""
+    return all(
+        x is None
+        or (type(x) in _PLAIN and (x.is_cuda or x.is_cpu) and x.layout is torch.strided and not x.is_neg())
+        for x in tensors
     )
 
 
