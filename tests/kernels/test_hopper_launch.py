@@ -23,16 +23,15 @@ NAMES = launch.forward_kernel.arg_names
 class Kernel:
     """Takes the place of a compiled kernel and of what compiles it: notes each launch, and runs nothing."""
 
-    arg_names = NAMES
-
-    def __init__(self) -> None:
+    def __init__(self, names: list[str] = NAMES) -> None:
+        self.arg_names = names
         self.launches: list[tuple[str, tuple, dict[str, Any]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        how = "looked up by Triton" if len(grid) == 1 else "directly"
+        how = "directly" if len(grid) == 3 else "looked up by Triton"
 
         def start(*args: Any, **kwargs: Any) -> Kernel:
-            self.launches.append((how, grid, dict(zip(NAMES, args, strict=False)) | kwargs))
+            self.launches.append((how, grid, dict(zip(self.arg_names, args, strict=False)) | kwargs))
             return self
 
         return start
@@ -227,3 +226,54 @@ def test_an_earlier_lse_off_a_16_byte_step_has_a_kernel_of_its_own(kernel):
     out, loose = torch.zeros(1, 1024, 8, 64), torch.zeros(1 + 1024 * 8)[1:].view(1, 1024, 8)
     launched(kernel, problem(earlier=(out, loose.clone())))
     assert launched(kernel, problem(earlier=(out, loose)))[0] == "looked up by Triton"
+
+
+BACKWARD = {64: ("delta", "backward", "gather_dq"), 256: ("delta", "backward_wide", "scale_dq")}
+
+
+@pytest.fixture
+def backward_kernels(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> dict[str, Kernel]:
+    fakes = {}
+    for name in {name for names in BACKWARD.values() for name in names}:
+        fakes[name] = Kernel(getattr(launch, f"{name}_kernel").arg_names)
+        monkeypatch.setattr(launch, f"{name}_kernel", fakes[name])
+    return fakes
+
+
+def run_backward(given: Problem, dlse: torch.Tensor | None = None) -> None:
+    launch.backward(given, given.q, torch.zeros(given.q.shape[:3]), given.q, dlse)
+
+
+def of_head_dim(head_dim: int) -> Problem:
+    q, k = torch.randn(1, 1024, 8, head_dim).bfloat16(), torch.randn(1, 1024, 2, head_dim).bfloat16()
+    return problem(q=q, k=k, v=k.clone())
+
+
+@pytest.mark.parametrize("head_dim", BACKWARD)
+def test_the_second_backward_goes_past_triton_with_the_same_arguments(backward_kernels, head_dim):
+    for _ in range(2):
+        run_backward(of_head_dim(head_dim))
+    for name in BACKWARD[head_dim]:
+        first, second = backward_kernels[name].launches
+        assert (first[0], second[0]) == ("looked up by Triton", "directly")
+        assert second[1] == (*first[1], 1, 1)[:3]
+        assert set(second[2]) == set(backward_kernels[name].arg_names)
+        options = set(first[2]) - set(second[2])
+        assert options == ({"num_warps"} | ({"maxnreg", "enable_fp_fusion"} if "backward" in name else set()))
+        assert plain({key: first[2][key] for key in second[2]}) == plain(second[2])
+
+
+def test_another_alignment_or_feature_of_the_row_statistics_is_another_form(backward_kernels):
+    memory = torch.zeros(8 * 1024 + 1)
+    aligned, misaligned = memory[:-1].view(1, 1024, 8), memory[1:].view(1, 1024, 8)
+    for sink, dlse in (
+        (None, None),
+        (aligned, None),
+        (misaligned, None),
+        (None, aligned),
+        (None, misaligned),
+    ):
+        for _ in range(2):
+            run_backward(problem(sink=sink), dlse)
+    hows = [how for how, _, _ in backward_kernels["delta"].launches]
+    assert hows == ["looked up by Triton", "directly"] * 5

@@ -104,7 +104,7 @@ def forward(
     )  # fmt: skip
     programs = min(num_tiles * call.num_units, call.max_programs)
     is_wide = call.is_wide or num_tiles > _INT32 or (sink is not None and max(sink.stride()) > _INT32)
-    call.form.start(programs, arguments, is_wide, sink, *(problem.earlier or ()))
+    call.form.start((programs,), arguments, is_wide, sink, *(problem.earlier or ()))
     return out, lse, max_logits
 
 
@@ -186,7 +186,7 @@ def backward(
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     key = PlanKey(num_rows, num_cols, tile.block_keys, tile.block_queries // pack, True, q.device)
     plan = plan_cache.plan_for(problem.bands, key)
-    grid = min(plan.num_tiles * batch * num_kv_heads, _num_programs(q.device, problem.sm_margin))
+    programs = min(plan.num_tiles * batch * num_kv_heads, _num_programs(q.device, problem.sm_margin))
     work = (
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * num_kv_heads,
         num_kv_heads, group // pack, wave(q, dout, num_kv_heads), _PARTS,
@@ -209,12 +209,17 @@ def backward(
             _descriptor(lse2.view(-1), block), _descriptor(delta.view(-1), block), _descriptor(dq_sum, (64, 64)),
             _descriptor(dk, half), _descriptor(dv, half), dk, *grads, *work, num_rows, num_cols, lse2.shape[1], *scales,
         )  # fmt: skip
-        _start(backward_wide_kernel, grid, arguments, constants, tile.max_registers, q)
+        _start(backward_wide_kernel, (programs,), arguments, constants, tile.max_registers, q)
         dq = torch.empty_like(q)
-        scale_dq_kernel[(triton.cdiv(num_rows, _DQ_ROWS) * num_heads, batch)](
-            dq_sum, dq, *strides(dq), num_rows, num_heads, problem.softmax_scale,
-            PACK=pack, D=head_dim, BLOCK_M=_DQ_ROWS, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
-        )  # fmt: skip
+        arguments = (dq_sum, dq, *strides(dq), num_rows, num_heads, problem.softmax_scale)
+        constants = {
+            "PACK": pack,
+            "D": head_dim,
+            "BLOCK_M": _DQ_ROWS,
+            "BLOCK_D": triton.next_power_of_2(head_dim),
+        }
+        grid = (triton.cdiv(num_rows, _DQ_ROWS) * num_heads, batch)
+        _start(scale_dq_kernel, grid, arguments, constants, None, q)
         return dq, dk, dv, dsink
     tiles_per_unit = triton.cdiv(num_rows * pack, tile.block_queries)
     num_blocks = batch * num_heads // pack * tiles_per_unit
@@ -228,12 +233,11 @@ def backward(
         _descriptor(tiled, (2 * tile.block_queries,)), _descriptor(dq_sum, (128, 32)),
         _descriptor(dk, half), _descriptor(dv, half), dk, *grads, *work, tiles_per_unit, num_cols, *scales,
     )  # fmt: skip
-    _start(backward_kernel, grid, arguments, constants, tile.max_registers, q)
+    _start(backward_kernel, (programs,), arguments, constants, tile.max_registers, q)
     dq = torch.empty_like(q)
-    gather_dq_kernel[(num_blocks, 2)](
-        dq_sum, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, problem.softmax_scale,
-        PACK=pack, D=head_dim, WIDE=dim == 128, num_warps=4,
-    )  # fmt: skip
+    arguments = (dq_sum, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, problem.softmax_scale)
+    constants = {"PACK": pack, "D": head_dim, "WIDE": dim == 128}
+    _start(gather_dq_kernel, (num_blocks, 2), arguments, constants, None, q)
     return dq, dk, dv, dsink
 
 
@@ -256,12 +260,16 @@ def _row_statistics(
         stride = triton.cdiv(lse.numel(), 4) * 4
         lse2, delta = (lse.new_empty(max(1, 4 // pack), stride) for _ in range(2))
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
-    delta_kernel[(triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)](
+    arguments = (
         out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
-        lse, dsink, lse2, delta, stride, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
-        SHIFTED=not tile, TILE=tile, PACK=pack, DV=head_dim, BLOCK_M=_DELTA_ROWS,
-        BLOCK_DV=triton.next_power_of_2(head_dim), num_warps=4,
+        lse, dsink, lse2, delta, stride, num_rows, num_heads,
     )  # fmt: skip
+    constants = {
+        "HAS_SINK": sink is not None, "HAS_DLSE": dlse is not None, "SHIFTED": not tile, "TILE": tile, "PACK": pack,
+        "DV": head_dim, "BLOCK_M": _DELTA_ROWS, "BLOCK_DV": triton.next_power_of_2(head_dim),
+    }  # fmt: skip
+    grid = (triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)
+    _start(delta_kernel, grid, arguments, constants, None, problem.q, out, dout, sink, dlse, lse)
     return lse2, delta, dsink
 
 
@@ -272,13 +280,15 @@ class _Form:
     compiled kernel depends on: whether the pointers that are not ours are aligned, and whether an integer needs 64 bits.
     """
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], max_registers: int) -> None:
-        self._kernel, self._constants, self._max_registers = kernel, constants, max_registers
+    def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
+        self._kernel, self._constants, self._options = kernel, constants, options
         self._compiled: dict[tuple[bool, ...], Any] = {}
         self._tail: tuple = ()
 
-    def start(self, programs: int, arguments: tuple, is_wide: bool, *foreign: torch.Tensor | None) -> None:
-        """Launch ``programs`` programs with these arguments.
+    def start(
+        self, grid: tuple[int, ...], arguments: tuple, is_wide: bool, *foreign: torch.Tensor | None
+    ) -> None:
+        """Launch a grid of programs, of at most two axes, with these arguments.
 
         Args:
             is_wide: whether an integer needs 64 bits.
@@ -287,11 +297,9 @@ class _Form:
         key = (is_wide, *[x is None or x.data_ptr() % 16 == 0 for x in foreign])
         compiled = self._compiled.get(key)
         if compiled is not None:
-            compiled[(programs, 1, 1)](*arguments, *self._tail)
+            compiled[(*grid, 1, 1)[:3]](*arguments, *self._tail)
             return
-        compiled = self._kernel[(programs,)](
-            *arguments, **self._constants, num_warps=4, maxnreg=self._max_registers, enable_fp_fusion=True
-        )
+        compiled = self._kernel[grid](*arguments, **self._constants, **self._options)
         if compiled is not None:
             self._tail = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
             self._compiled[key] = compiled
@@ -299,22 +307,27 @@ class _Form:
 
 @functools.cache
 def _form(
-    kernel: Any, constants: tuple, max_registers: int, dtype: torch.dtype, device: torch.device
+    kernel: Any, constants: tuple, max_registers: int | None, dtype: torch.dtype, device: torch.device
 ) -> _Form:
-    return _Form(kernel, dict(constants), max_registers)
+    """With ``max_registers`` for a Gluon kernel, None for one of Triton's."""
+    options: dict[str, Any] = {"num_warps": 4}
+    if max_registers is not None:
+        options |= {"maxnreg": max_registers, "enable_fp_fusion": True}
+    return _Form(kernel, dict(constants), options)
 
 
 def _start(
     kernel: Any,
-    programs: int,
+    grid: tuple[int, ...],
     arguments: tuple,
     constants: dict[str, Any],
-    max_registers: int,
+    max_registers: int | None,
     q: torch.Tensor,
+    *foreign: torch.Tensor | None,
 ) -> None:
     is_wide = max(x for x in arguments if type(x) is int) > _INT32
     form = _form(kernel, tuple(constants.items()), max_registers, q.dtype, q.device)
-    form.start(programs, arguments, is_wide)
+    form.start(grid, arguments, is_wide, *foreign)
 
 
 def _has_no_tokens(problem: Problem) -> bool:
