@@ -79,7 +79,8 @@ class HopperForwardTile(HopperTile):
     """Tile of the Hopper forward: two warpgroups of 64 rows, ``block_cols`` keys a step, a ring of ``num_stages``.
 
     A row is one query head of one token; heads of a group that share a tile are packed. With two Q buffers the next
-    tile's queries arrive early; staged output goes out by the copy engine, else straight from registers.
+    tile's queries arrive early; staged output goes out by the copy engine, 128 columns at a time, else straight from
+    registers.
     """
 
     block_cols: int
@@ -95,7 +96,7 @@ class HopperForwardTile(HopperTile):
 _HOPPER_FORWARD = {
     64: HopperForwardTile(240, 24, 128, 2, 2, True),
     128: HopperForwardTile(240, 24, 128, 2, 2, True),
-    256: HopperForwardTile(240, 24, 64, 2, 1, False),
+    256: HopperForwardTile(240, 24, 64, 2, 1, True),
 }
 
 # Short documents end inside a block: narrower ones waste less, and a deeper ring hides that each takes the eraser.

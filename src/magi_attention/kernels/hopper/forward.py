@@ -58,6 +58,7 @@ from magi_attention.kernels.hopper.schedule import (
 )
 
 NUM_WG = gl.constexpr(2)
+STAGED_COLUMNS = gl.constexpr(128)
 
 # Raw barriers (schedule.py has its own): Q free (one a buffer), K free, V free (one a stage).
 Q_FREE = gl.constexpr(0)
@@ -349,6 +350,15 @@ def rows_of_out(OUT, stride_ob, stride_ot, stride_oh, batch, head, first_row, ro
 
 
 @gluon.jit
+def stage_out(O_DESC, o_bufs, out, batch, first_row, head, column, W: gl.constexpr):
+    """Send the columns from ``column`` on of a warpgroup's rows out through its stage, once that has been read."""
+    tma_store_wait(0)
+    o_bufs.index(W).reshape((64, out.shape[1])).store(out)
+    fence_proxy()
+    tma_store(O_DESC, [batch, first_row, head, column], o_bufs.index(W))
+
+
+@gluon.jit
 def store_out(
     O_DESC, OUT, stride_ob, stride_ot, stride_oh, o_bufs, out, tile_words,
     W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGED: gl.constexpr, layout: gl.constexpr,
@@ -361,10 +371,12 @@ def store_out(
     else:
         staged = False
     if staged:
-        tma_store_wait(0)
-        o_bufs.index(W).reshape((64, D)).store(out)
-        fence_proxy()
-        tma_store(O_DESC, [batch, first_row, head, 0], o_bufs.index(W))
+        if D > STAGED_COLUMNS:  # there is room for half of the columns
+            left, right = out.reshape([64, 2, STAGED_COLUMNS]).permute([0, 2, 1]).split()
+            stage_out(O_DESC, o_bufs, left, batch, first_row, head, 0, W)
+            stage_out(O_DESC, o_bufs, right, batch, first_row, head, STAGED_COLUMNS, W)
+        else:
+            stage_out(O_DESC, o_bufs, out, batch, first_row, head, 0, W)
     else:  # rows of the next tile must stay untouched
         at, live = rows_of_out(
             OUT, stride_ob, stride_ot, stride_oh, batch, head, first_row, row_end, PACK, D, DV, layout
@@ -551,7 +563,8 @@ def forward_kernel(
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], K_DESC.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], V_DESC.layout)
     if STAGED:
-        o_bufs = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64 // PACK, PACK, D], O_DESC.layout)
+        columns: gl.constexpr = O_DESC.block_type.shape[3]
+        o_bufs = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64 // PACK, PACK, columns], O_DESC.layout)
     else:
         o_bufs = q_bufs
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG * Q_BUFS, 1], mbarrier.MBarrierLayout())

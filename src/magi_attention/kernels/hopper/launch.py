@@ -144,7 +144,7 @@ def _forward_of(
     tile = hopper_forward_tile(head_dim, has_short_runs(num_rows, num_bands))
     units, dim, size = num_heads // pack, _padded(head_dim), dtype.itemsize
     rows, columns = (1, 64 // pack, pack, dim), (1, tile.block_cols, 1, dim)
-    blocks = (rows, columns, columns, rows)
+    blocks = (rows, columns, columns, (*rows[:3], min(dim, 128)))
     out_stride = (num_rows * num_heads * head_dim, num_heads * head_dim, head_dim, 1)
     tensors = (*given, (q_shape, out_stride))
     side_by_side = heads_in_cache(num_kv_heads, 2 * num_cols * head_dim * size, units)
