@@ -86,7 +86,7 @@ def variants() -> dict[str, dict[str, int]]:
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
             blocks = {"BLOCK_M": rows, "BLOCK_N": cols, "ROWS_TMA": tile.rows_in_registers}
             found[f"{name} {head_dim}"] = figures(kernel, {**common, **blocks}, options)
-        flags = {"HAS_SINK": True, "HAS_DLSE": True, "SHIFTED": False, "TILE": 0}
+        flags = {"HAS_SINK": True, "HAS_DLSE": True, "TILE": 0}
         delta = {**shape, **flags, "PACK": 1, "BLOCK_M": 64}
         found[f"delta {head_dim}"] = figures(delta_kernel, delta, {"num_warps": 4})
     return found

@@ -228,7 +228,7 @@ def test_an_earlier_lse_off_a_16_byte_step_has_a_kernel_of_its_own(kernel):
     assert launched(kernel, problem(earlier=(out, loose)))[0] == "looked up by Triton"
 
 
-BACKWARD = {64: ("delta", "backward", "gather_dq"), 256: ("delta", "backward_wide", "scale_dq")}
+BACKWARD = {64: ("delta", "backward", "gather_dq"), 256: ("delta", "backward_wide", "gather_dq")}
 
 
 @pytest.fixture

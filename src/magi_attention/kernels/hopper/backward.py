@@ -37,6 +37,7 @@ from magi_attention.kernels.hopper.primitives import (
     get_uniform,
     get_word,
     get_words,
+    in_lines,
     named_arrive,
     named_sync,
     opaque_next,
@@ -276,15 +277,9 @@ def dq_writer(DQ_DESC, dq_bufs, raw, BLOCK_Q: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def put_dq(dq, dq_bufs, raw, it, W: gl.constexpr):
-    """Hand this warpgroup's half of block ``it`` of dQ to the writer, in the order in which registers hold it.
-
-    A (64, 64) accumulator has row = 16 warp + 8 h + r and column = 8 j + 2 c + p in a thread of (warp, r, c); the order
-    is (j, warp, r, c, h, p): whole vectors a thread, no bank conflicts, and one address for all of them.
-    """
-    lines: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    dq = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([128, 32])
+    """Hand this warpgroup's half of block ``it`` of dQ to the writer, in the order in which registers hold it."""
     raw_wait(raw + (DQ_FREE + W) * 8, (it & 1) ^ 1)
-    dq_bufs.index(W).store(gl.convert_layout(dq, lines, assert_trivial=True))
+    dq_bufs.index(W).store(in_lines(dq))
     fence_proxy()
     raw_arrive_released(raw + (DQ_FULL + W) * 8)
 

@@ -23,7 +23,8 @@ Nobody waits in a circle. Products of block i wait for block i, for P read and d
 which wait for memory only. S(i+1) in the midst of block i waits for Q(i+1), which needs dK(i-1) and comes before dO(i+1)
 in the producer's order. A consumer frees only what it has seen arrive, so phases cannot be mixed up.
 
-Tiles, runs, packed heads, row statistics and the layout of dQ are those of the narrow backward.
+Tiles, runs, packed heads, the grid of Q blocks, row statistics and the order of dQ in memory are those of the narrow
+backward.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ from magi_attention.kernels.hopper.primitives import (
     get_uniform,
     get_word,
     get_words,
+    in_lines,
     named_sync,
     opaque_next,
     pinned,
+    put_word,
     put_words,
     raw_arrive,
     raw_arrive_released,
@@ -67,6 +70,7 @@ BLOCK_K = gl.constexpr(64)
 BLOCK_Q = gl.constexpr(64)
 D = gl.constexpr(256)
 HALF = gl.constexpr(128)
+QUARTER_LINES = gl.constexpr(128)
 Q_STAGES = gl.constexpr(2)
 # Accumulators of scores and quarters of dQ, of halves of dK and dV, and their left operand.
 S_LAYOUT = gl.constexpr(
@@ -89,7 +93,7 @@ TILE_FULL = gl.constexpr(10)
 TILE_FREE = gl.constexpr(12)
 Q_FREE = gl.constexpr(16)
 DO_FREE = gl.constexpr(20)
-# Messages: tile (32 bytes a slot), Q block (16 a stage), rows to erase (16 a slot), where dQ goes (16 a slot).
+# Messages: tile (32 bytes a slot), Q block (32 a stage), rows to erase (16 a slot), where dQ goes (4 a slot).
 TILE_WORDS = gl.constexpr(512)
 BLOCK_WORDS = gl.constexpr(512 + 64)
 ERASE_WORDS = gl.constexpr(512 + 128)
@@ -122,35 +126,33 @@ def hidden_zero():
 
 @gluon.jit
 def send_q(
-    Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw, batch, head, column, live, stats_row,
-    stage, erased,
+    Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, head, column, begin, end, q_tile, stage, erased,
 ):  # fmt: skip
-    """Load a Q block and its row statistics, by way of the eraser when only ``live`` rows belong to the run."""
-    nbytes: gl.constexpr = Q_DESC.block_type.nbytes + 2 * LSE_DESC.block_type.nbytes
-    if live < BLOCK_Q:
+    """Load a block of Q and its statistics, by way of the eraser when rows before ``begin`` or from ``end`` on are not
+    the run's."""
+    nbytes: gl.constexpr = Q_DESC.block_type.nbytes + STATS_DESC.block_type.nbytes
+    if (begin > 0) | (end < BLOCK_Q):
         slot = erased % ERASE_SLOTS
-        put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, live, 0)
+        put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, begin, end)
         mbarrier.expect(dirty.index(slot), nbytes)
         tma_load(Q_DESC, [batch, column, head, 0], dirty.index(slot), q_bufs.index(stage))
-        tma_load(LSE_DESC, [stats_row], dirty.index(slot), lse_bufs.index(stage))
-        tma_load(DELTA_DESC, [stats_row], dirty.index(slot), delta_bufs.index(stage))
+        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], dirty.index(slot), stats_bufs.index(stage))
         erased += 1
     else:
         mbarrier.expect(q_full.index(stage), nbytes)
         tma_load(Q_DESC, [batch, column, head, 0], q_full.index(stage), q_bufs.index(stage))
-        tma_load(LSE_DESC, [stats_row], q_full.index(stage), lse_bufs.index(stage))
-        tma_load(DELTA_DESC, [stats_row], q_full.index(stage), delta_bufs.index(stage))
+        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], q_full.index(stage), stats_bufs.index(stage))
     return erased
 
 
 @gluon.jit
 def send_operand(
-    DESC, bufs, full, dirty, raw, batch, first, head, dim, live, stage, erased, KIND: gl.constexpr
+    DESC, bufs, full, dirty, raw, batch, first, head, dim, begin, end, stage, erased, KIND: gl.constexpr
 ):
-    """Load 64 rows from column ``dim`` on, by way of the eraser when only ``live`` belong to the tile or the run."""
-    if live < 64:
+    """Load 64 rows from column ``dim`` on, by way of the eraser when some do not belong to the tile or the run."""
+    if (begin > 0) | (end < 64):
         slot = erased % ERASE_SLOTS
-        put_words(raw + ERASE_WORDS + slot * 16, KIND, stage, live, 0)
+        put_words(raw + ERASE_WORDS + slot * 16, KIND, stage, begin, end)
         mbarrier.expect(dirty.index(slot), DESC.block_type.nbytes)
         tma_load(DESC, [batch, first, head, dim], dirty.index(slot), bufs.index(stage))
         erased += 1
@@ -162,10 +164,10 @@ def send_operand(
 
 @gluon.jit
 def producer(
-    Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs,
+    Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs,
     k_full, v_full, q_full, do_full, dirty, raw,
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
-    num_queries, num_keys, stats_stride, PACK: gl.constexpr, DO_STAGES: gl.constexpr,
+    tiles_per_unit, num_keys, PACK: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = BLOCK_Q // PACK
     it = 0
@@ -183,7 +185,7 @@ def producer(
             batch = kv_head // heads_per_batch
             kv_head = kv_head % heads_per_batch
             num_blocks = count_blocks(
-                BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, TOKENS, gl.constexpr(False)
+                BAND_LIST, BANDS, list_begin, list_count, row_begin, row_end, TOKENS, gl.constexpr(True)
             )
             slot = tiles_sent & 1
             raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles_sent >> 1) & 1) ^ 1)
@@ -196,46 +198,46 @@ def producer(
                 kv_phase ^= 1
                 # Beyond the tensor the copy engine fills with zeros.
                 live_keys = gl.where(row_end < num_keys, row_end - row_begin, BLOCK_K)
-                erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, 0, live_keys,
+                erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, 0, 0, live_keys,
                                       0, erased, ERASE_K)  # fmt: skip
                 started = 0
                 rows_cut = gl.where(row_end - row_begin < BLOCK_K, CUT_ROWS, 0)
                 for sub in range(units_per_kv):
                     unit = kv_head * units_per_kv + sub
-                    unit_row = (batch * heads_per_batch * units_per_kv + unit) * num_queries
+                    first_q_tile = (batch * heads_per_batch * units_per_kv + unit) * tiles_per_unit
                     for at in range(list_begin, list_begin + list_count):
                         first, last, run_blocks, all_from, all_to, lo, hi = run_of(
-                            BANDS, gl.load(BAND_LIST + at), row_begin, row_end, TOKENS, gl.constexpr(False)
+                            BANDS, gl.load(BAND_LIST + at), row_begin, row_end, TOKENS, gl.constexpr(True)
                         )
+                        start = first // TOKENS * TOKENS
                         # Tiles that see the same queries begin at different ones: their sums meet less often.
-                        b = (gl.maximum(row_begin - first, 0) // TOKENS) % gl.maximum(run_blocks, 1)
+                        b = (gl.maximum(row_begin - start, 0) // TOKENS) % gl.maximum(run_blocks, 1)
                         for _ in range(run_blocks):
-                            column = first + b * TOKENS
+                            column = start + b * TOKENS
                             cuts = gl.where(column + TOKENS > all_to, CUT_ABOVE, 0) + rows_cut
                             cuts += gl.where(column < all_from, CUT_BELOW, 0)
-                            live = (last - column) * PACK
-                            dq_row = (unit_row + column) * PACK
-                            # The engine reads from 16-byte steps: the copy whose step begins at this row.
-                            shift = dq_row & 3
-                            stats_row = shift // PACK * stats_stride + dq_row - shift
+                            begin = gl.maximum(first - column, 0) * PACK
+                            end = gl.minimum((last - column) * PACK, BLOCK_Q)
+                            q_tile = first_q_tile + column // TOKENS
                             stage = it % Q_STAGES
                             raw_wait(raw + (Q_FREE + stage) * 8, ((it // Q_STAGES) & 1) ^ 1)
-                            words = raw + BLOCK_WORDS + stage * 16
+                            words = raw + BLOCK_WORDS + stage * 32
                             put_words(words, lo - column, hi - column, last - 1 - column, cuts)
-                            put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, dq_row, 0, 0, 0)
+                            put_word(words + 16, first - column)
+                            put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, q_tile)
                             erased = send_q(
-                                Q_DESC, LSE_DESC, DELTA_DESC, q_bufs, lse_bufs, delta_bufs, q_full, dirty, raw,
-                                batch, unit * PACK, column, live, stats_row, stage, erased,
+                                Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw,
+                                batch, unit * PACK, column, begin, end, q_tile, stage, erased,
                             )  # fmt: skip
                             if started == 0:
                                 erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head,
-                                                      0, live_keys, 0, erased, ERASE_V)  # fmt: skip
+                                                      0, 0, live_keys, 0, erased, ERASE_V)  # fmt: skip
                                 started = 1
                             for half in range(2):
                                 stage = halves % DO_STAGES
                                 raw_wait(raw + (DO_FREE + stage) * 8, ((halves // DO_STAGES) & 1) ^ 1)
                                 erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK,
-                                                      half * HALF, live, stage, erased, ERASE_DO)  # fmt: skip
+                                                      half * HALF, begin, end, stage, erased, ERASE_DO)  # fmt: skip
                                 halves += 1
                             it += 1
                             b += 1
@@ -244,7 +246,7 @@ def producer(
     slot = tiles_sent & 1
     raw_wait(raw + (TILE_FREE + slot) * 8, ((tiles_sent >> 1) & 1) ^ 1)
     put_words(raw + TILE_WORDS + slot * 32, -1, 0, 0, 0)
-    put_words(raw + DQ_WORDS + (it % DQ_SLOTS) * 16, -1, 0, 0, 0)
+    put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, -1)
     raw_arrive(raw + (TILE_FULL + slot) * 8)
     # The eraser's last message: every earlier one has been read once all operands are consumed.
     raw_wait(raw + KV_FREE * 8, kv_phase)
@@ -254,7 +256,7 @@ def producer(
 
 
 @gluon.jit
-def eraser(k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+def eraser(k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
            DO_STAGES: gl.constexpr):  # fmt: skip
     """Zero operand rows beyond their tile or run, between their arrival and their announcement to the consumers.
 
@@ -272,24 +274,25 @@ def eraser(k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, 
     while kind >= 0:
         slot = done % ERASE_SLOTS
         mbarrier.wait(dirty.index(slot), (done // ERASE_SLOTS) & 1)
-        kind, stage, live, _ = get_words(raw + ERASE_WORDS + slot * 16)
+        kind, stage, begin, end = get_words(raw + ERASE_WORDS + slot * 16)
         if kind == ERASE_K:
-            erase_rows(k_groups, 0, 0, live, BLOCK_K, SLICES)
+            erase_rows(k_groups, 0, begin, end, BLOCK_K, SLICES)
             fence_proxy()
             mbarrier.arrive(k_full.index(0), count=1)
         if kind == ERASE_V:
-            erase_rows(v_groups, 0, 0, live, BLOCK_K, SLICES)
+            erase_rows(v_groups, 0, begin, end, BLOCK_K, SLICES)
             fence_proxy()
             mbarrier.arrive(v_full.index(0), count=1)
         if kind == ERASE_Q:
-            erase_rows(q_groups, stage * GROUPS, 0, live, BLOCK_Q, SLICES)
+            erase_rows(q_groups, stage * GROUPS, begin, end, BLOCK_Q, SLICES)
             line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            delta = delta_bufs.index(stage).load(line)
-            delta_bufs.index(stage).store(gl.where(gl.arange(0, BLOCK_Q, layout=line) < live, delta, 0.0))
+            row = gl.arange(0, BLOCK_Q, layout=line)
+            delta_smem = stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0)
+            delta_smem.store(gl.where((row >= begin) & (row < end), delta_smem.load(line), 0.0))
             fence_proxy()
             mbarrier.arrive(q_full.index(stage), count=1)
         if kind == ERASE_DO:
-            erase_rows(do_groups, stage * (GROUPS // 2), 0, live, BLOCK_Q, SLICES // 2)
+            erase_rows(do_groups, stage * (GROUPS // 2), begin, end, BLOCK_Q, SLICES // 2)
             fence_proxy()
             mbarrier.arrive(do_full.index(stage), count=1)
         done += 1
@@ -299,16 +302,17 @@ def eraser(k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, 
 def dq_writer(DQ_DESC, dq_bufs, raw, W: gl.constexpr):
     """Reduce a warpgroup's two quarters of each dQ block into global memory, one after the other."""
     it = 0
-    row = 0
-    while row >= 0:
+    q_tile = 0
+    while q_tile >= 0:
         raw_wait(raw + (DQ_FULL + W) * 8, 0)
-        row = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 16)
-        if row >= 0:
-            tma_add(DQ_DESC, [row, W * HALF], dq_bufs.index(W))
+        q_tile = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4)
+        if q_tile >= 0:
+            line = (4 * q_tile + 2 * W) * QUARTER_LINES
+            tma_add(DQ_DESC, [line, 0], dq_bufs.index(W))
             tma_store_wait(0)
             raw_arrive_released(raw + (DQ_FREE + W) * 8)
             raw_wait(raw + (DQ_FULL + W) * 8, 1)
-            tma_add(DQ_DESC, [row, W * HALF + 64], dq_bufs.index(W))
+            tma_add(DQ_DESC, [line + QUARTER_LINES, 0], dq_bufs.index(W))
             tma_store_wait(0)
             raw_arrive_released(raw + (DQ_FREE + W) * 8)
         it += 1
@@ -316,9 +320,9 @@ def dq_writer(DQ_DESC, dq_bufs, raw, W: gl.constexpr):
 
 @gluon.jit
 def put_dq(dq, dq_bufs, raw, QUARTER: gl.constexpr, W: gl.constexpr):
-    """Hand this warpgroup's first or second quarter (0 or 1) of a dQ block to its writer."""
+    """Hand this warpgroup's first or second quarter (0 or 1) of a dQ block to its writer, in the order of registers."""
     raw_wait(raw + (DQ_FREE + W) * 8, QUARTER ^ 1)
-    dq_bufs.index(W).store(dq)
+    dq_bufs.index(W).store(in_lines(dq))
     fence_proxy()
     raw_arrive_released(raw + (DQ_FULL + W) * 8)
 
@@ -355,12 +359,13 @@ def hide(p, tile_words, block_words, PACK: gl.constexpr):
     """Weights of a partial block: 0 where the band shows nothing. The messages are read here to spare registers."""
     _, row_begin, row_end, _ = get_words(tile_words)
     lo, hi, end, cuts = get_words(block_words)  # relative to the block's first query
+    begin = get_word(block_words + 16)
     row = row_begin + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, S_LAYOUT))
     column = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, S_LAYOUT)) // PACK
     above = gl.where(row < row_end, gl.minimum(row + hi, end), -1)
     p = gl.where(column[None, :] <= above[:, None], p, 0.0)
     if (cuts & CUT_BELOW) != 0:
-        p = gl.where(column[None, :] >= (row + lo)[:, None], p, 0.0)
+        p = gl.where(column[None, :] >= gl.maximum(row + lo, begin)[:, None], p, 0.0)
     return p
 
 
@@ -410,7 +415,7 @@ def finish_tile(
 @gluon.jit
 def score_warpgroup(
     DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
-    k_bufs, q_bufs, do_bufs, lse_bufs, p_smem, ds_smem, dq_bufs, k_full, q_full, do_full, raw,
+    k_bufs, q_bufs, do_bufs, stats_bufs, p_smem, ds_smem, dq_bufs, k_full, q_full, do_full, raw,
     scale, cap_scale, softmax_scale,
     PACK: gl.constexpr, HEAD_DIM: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
@@ -437,7 +442,7 @@ def score_warpgroup(
             mbarrier.wait(k_full.index(0), kv_phase)
             mbarrier.wait(q_full.index(it & 1), (it >> 1) & 1)
             kv_phase ^= 1
-            next_cuts = get_uniform(raw + BLOCK_WORDS + (it & 1) * 16 + 12)
+            next_cuts = get_uniform(raw + BLOCK_WORDS + (it & 1) * 32 + 12)
             # Not fresh_zero: ptxas would share descriptors with the loop and spill them.
             k_smem = k_bufs.index(hidden_zero()).reshape((BLOCK_K, D))
             q = q_bufs.index(it & 1).reshape((BLOCK_Q, D))
@@ -449,12 +454,12 @@ def score_warpgroup(
             k_smem = k_bufs.index(fresh_zero()).reshape((BLOCK_K, D))
             # The last quarter of the block before, beside the exponentials. With no block before: of anything.
             dq = dq_product(ds_smem, k_smem, 64)
-            lse = lse_bufs.index(stage).load(gl.SliceLayout(0, S_LAYOUT))
+            lse = stats_bufs.index(stage).slice(0, BLOCK_Q, dim=0).load(gl.SliceLayout(0, S_LAYOUT))
             if SOFTCAP:
                 s = tanh(s * cap_scale)
             p = gl.exp2(s * scale + lse[None, :])
             if cuts != 0:
-                p = hide(p, raw + TILE_WORDS + (tiles & 1) * 32, raw + BLOCK_WORDS + stage * 16, PACK)
+                p = hide(p, raw + TILE_WORDS + (tiles & 1) * 32, raw + BLOCK_WORDS + stage * 32, PACK)
             weights = p.to(dtype)
             # The spin loop is a border: ptxas would move the wait above the exponentials.
             raw_wait(raw + P_FREE * 8, (it & 1) ^ 1)
@@ -470,7 +475,7 @@ def score_warpgroup(
             do = do_bufs.index(do_stage).reshape((BLOCK_Q, HALF))
             dv = warpgroup_mma(gl.convert_layout(weights, A_LAYOUT), do, dv, is_async=True)
             mbarrier.wait(q_full.index(stage ^ 1), ((it + 1) >> 1) & 1, pred=i + 1 < num_blocks)
-            next_cuts = get_uniform(raw + BLOCK_WORDS + (stage ^ 1) * 16 + 12)
+            next_cuts = get_uniform(raw + BLOCK_WORDS + (stage ^ 1) * 32 + 12)
             # After the last block of a tile this is a product of anything, and nobody reads it.
             next_q = q_bufs.index((it + 1 + fresh_zero()) & 1).reshape((BLOCK_Q, D))
             s = warpgroup_mma(k_smem, next_q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
@@ -509,7 +514,7 @@ def score_warpgroup(
 @gluon.jit
 def gradient_warpgroup(
     DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
-    k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, p_smem, ds_smem, dq_bufs, k_full, v_full, q_full, do_full, raw,
+    k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, p_smem, ds_smem, dq_bufs, k_full, v_full, q_full, do_full, raw,
     softmax_scale, HEAD_DIM: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """dP and dS, and the second half of the columns of dV, dK and dQ."""
@@ -539,7 +544,8 @@ def gradient_warpgroup(
             first_do = do_bufs.index(do_stage).reshape((BLOCK_Q, HALF))
             second_do = do_bufs.index(second_stage).reshape((BLOCK_Q, HALF))
             mbarrier.wait(q_full.index(stage), (it >> 1) & 1)
-            dp, _ = gl.broadcast(delta_bufs.index(stage).load(gl.SliceLayout(0, S_LAYOUT))[None, :], like)
+            delta = stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0).load(gl.SliceLayout(0, S_LAYOUT))
+            dp, _ = gl.broadcast(delta[None, :], like)
             dp = pinned(dp)
             # Of the block before, as in the other warpgroup.
             dq = dq_product(ds_smem, k_smem, HALF + 64)
@@ -593,17 +599,17 @@ def gradient_warpgroup(
 
 
 RUNTIME_SIZES = [
-    "num_tiles", "num_heads_kv", "heads_per_batch", "units_per_kv", "wave", "parts", "num_queries", "num_keys",
-    "stats_stride", *(f"stride_{tensor}{axis}" for tensor in "kv" for axis in "bth"),
+    "num_tiles", "num_heads_kv", "heads_per_batch", "units_per_kv", "wave", "parts", "tiles_per_unit", "num_keys",
+    *(f"stride_{tensor}{axis}" for tensor in "kv" for axis in "bth"),
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_wide_kernel(
-    Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC, DQ_DESC, DK_DESC, DV_DESC,
+    Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, DQ_DESC, DK_DESC, DV_DESC,
     DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
-    num_queries, num_keys, stats_stride, scale, cap_scale, softmax_scale,
+    tiles_per_unit, num_keys, scale, cap_scale, softmax_scale,
     PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -621,9 +627,8 @@ def backward_wide_kernel(
     do_bufs = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, BLOCK_Q // PACK, PACK, HALF], DO_DESC.layout)
     p_smem = gl.allocate_shared_memory(dtype, [BLOCK_K * BLOCK_Q // 8, 8], straight)
     ds_smem = gl.allocate_shared_memory(dtype, [BLOCK_K, BLOCK_Q], swizzled)
-    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, 64], DQ_DESC.layout)
-    lse_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], LSE_DESC.layout)
-    delta_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_Q], DELTA_DESC.layout)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, QUARTER_LINES, 32], DQ_DESC.layout)
+    stats_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 2 * BLOCK_Q], STATS_DESC.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
@@ -656,24 +661,24 @@ def backward_wide_kernel(
         [
             (score_warpgroup, (
                 DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
-                k_bufs, q_bufs, do_bufs, lse_bufs, p_smem, ds_smem, dq_bufs, k_full, q_full, do_full, raw,
+                k_bufs, q_bufs, do_bufs, stats_bufs, p_smem, ds_smem, dq_bufs, k_full, q_full, do_full, raw,
                 scale, cap_scale, softmax_scale, PACK, HEAD_DIM, DO_STAGES, SOFTCAP,
             )),
             (gradient_warpgroup, (
                 DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
-                k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, p_smem, ds_smem, dq_bufs, k_full, v_full, q_full, do_full,
+                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, p_smem, ds_smem, dq_bufs, k_full, v_full, q_full, do_full,
                 raw, softmax_scale, HEAD_DIM, DO_STAGES, SOFTCAP,
             )),
             (producer, (
-                Q_DESC, K_DESC, V_DESC, DO_DESC, LSE_DESC, DELTA_DESC,
-                k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+                Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC,
+                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
                 TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
-                num_queries, num_keys, stats_stride, PACK, DO_STAGES,
+                tiles_per_unit, num_keys, PACK, DO_STAGES,
             )),
             (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(0))),
             (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(1))),
             (eraser, (
-                k_bufs, v_bufs, q_bufs, do_bufs, delta_bufs, k_full, v_full, q_full, do_full, dirty, raw, DO_STAGES,
+                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw, DO_STAGES,
             )),
         ],
         [4, 1, 1, 1, 1],

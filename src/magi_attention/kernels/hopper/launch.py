@@ -25,7 +25,7 @@ from magi_attention.kernels.operands import (
 )  # fmt: skip
 from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.triton import launch as portable
-from magi_attention.kernels.triton.backward import delta_kernel, gather_dq_kernel, scale_dq_kernel
+from magi_attention.kernels.triton.backward import delta_kernel, gather_dq_kernel
 from magi_attention.plan.cache import PlanKey, current_stream, plan_cache
 from magi_attention.plan.tiling import (
     has_short_runs,
@@ -39,7 +39,6 @@ _LOG2E = 1.4426950408889634
 _TINY = 1e-30
 _INT32 = 2**31 - 1
 _DELTA_ROWS = 64
-_DQ_ROWS = 64
 # The longest quarter of the tiles runs first, over all heads: what is left for the end is short.
 _PARTS = 4
 FORWARD_TAKES_PACKED = True
@@ -197,47 +196,28 @@ def backward(
         "DO_STAGES": tile.do_stages, "SOFTCAP": problem.softcap > 0,
         "CONSUMER_REGS": tile.consumer_registers, "PRODUCER_REGS": tile.producer_registers,
     }  # fmt: skip
-    rows, keys = (1, tile.block_queries // pack, pack, dim), (1, tile.block_keys, 1, dim)
-    grads = (*strides(dk), dv, *strides(dv))
-    if dim > 128:
-        # The wide kernel takes dO in halves, and each of its warpgroups stores half of the columns of dK and dV.
-        lse2, delta, dsink = _row_statistics(problem, out, lse, dout, dlse, pack)
-        dq_sum = torch.zeros(batch * num_heads * num_rows, head_dim, dtype=torch.float32, device=q.device)
-        half, block = (1, 64, 1, dim // 2), (tile.block_queries,)
-        arguments = (
-            _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, (*rows[:3], dim // 2)),
-            _descriptor(lse2.view(-1), block), _descriptor(delta.view(-1), block), _descriptor(dq_sum, (64, 64)),
-            _descriptor(dk, half), _descriptor(dv, half), dk, *grads, *work, num_rows, num_cols, lse2.shape[1], *scales,
-        )  # fmt: skip
-        _start(backward_wide_kernel, (programs,), arguments, constants, tile.max_registers, q)
-        dq = torch.empty_like(q)
-        arguments = (dq_sum, dq, *strides(dq), num_rows, num_heads, problem.softmax_scale)
-        constants = {
-            "PACK": pack,
-            "D": head_dim,
-            "BLOCK_M": _DQ_ROWS,
-            "BLOCK_D": triton.next_power_of_2(head_dim),
-        }
-        grid = (triton.cdiv(num_rows, _DQ_ROWS) * num_heads, batch)
-        _start(scale_dq_kernel, grid, arguments, constants, None, q)
-        return dq, dk, dv, dsink
     tiles_per_unit = triton.cdiv(num_rows * pack, tile.block_queries)
     num_blocks = batch * num_heads // pack * tiles_per_unit
-    tiled, _, dsink = _row_statistics(problem, out, lse, dout, dlse, pack, tile.block_queries)
+    tiled, dsink = _row_statistics(problem, out, lse, dout, dlse, pack, tile.block_queries)
     dq_sum = torch.zeros(
         num_blocks * tile.block_queries * dim // 32, 32, dtype=torch.float32, device=q.device
     )
-    half = (1, 64, 1, dim)
+    # The wide kernel takes dO in halves, and each of its warpgroups stores half of the columns of dK and dV.
+    rows, keys = (1, tile.block_queries // pack, pack, dim), (1, tile.block_keys, 1, dim)
+    dout_rows, part = (*rows[:3], min(dim, 128)), (1, 64, 1, min(dim, 128))
     arguments = (
-        _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, rows),
+        _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, dout_rows),
         _descriptor(tiled, (2 * tile.block_queries,)), _descriptor(dq_sum, (128, 32)),
-        _descriptor(dk, half), _descriptor(dv, half), dk, *grads, *work, tiles_per_unit, num_cols, *scales,
+        _descriptor(dk, part), _descriptor(dv, part), dk, *strides(dk), dv, *strides(dv),
+        *work, tiles_per_unit, num_cols, *scales,
     )  # fmt: skip
-    _start(backward_kernel, (programs,), arguments, constants, tile.max_registers, q)
+    kernel = backward_kernel if dim <= 128 else backward_wide_kernel
+    _start(kernel, (programs,), arguments, constants, tile.max_registers, q)
     dq = torch.empty_like(q)
+    parts = tile.block_queries * dim // 4096
     arguments = (dq_sum, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, problem.softmax_scale)
-    constants = {"PACK": pack, "D": head_dim, "WIDE": dim == 128}
-    _start(gather_dq_kernel, (num_blocks, 2), arguments, constants, None, q)
+    constants = {"PACK": pack, "D": head_dim, "BLOCK_Q": tile.block_queries, "PARTS": parts}
+    _start(gather_dq_kernel, (num_blocks, parts), arguments, constants, None, q)
     return dq, dk, dv, dsink
 
 
@@ -248,29 +228,25 @@ def _row_statistics(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     pack: int,
-    tile: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-lse in units of log2, -delta and dsink; the first two as copies, or, with ``tile``, together in tiles of rows."""
+    tile: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-lse in units of log2 and -delta, together in tiles of ``tile`` rows; dsink."""
     batch, num_rows, num_heads, head_dim = problem.q.shape
     sink = problem.sink
-    if tile:
-        stride = triton.cdiv(num_rows * pack, tile)
-        lse2 = delta = lse.new_empty(batch * num_heads // pack * stride * 2 * tile)
-    else:
-        stride = triton.cdiv(lse.numel(), 4) * 4
-        lse2, delta = (lse.new_empty(max(1, 4 // pack), stride) for _ in range(2))
+    tiles_per_unit = triton.cdiv(num_rows * pack, tile)
+    tiled = lse.new_empty(batch * num_heads // pack * tiles_per_unit * 2 * tile)
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
     arguments = (
         out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
-        lse, dsink, lse2, delta, stride, num_rows, num_heads,
+        lse, dsink, tiled, tiled, tiles_per_unit, num_rows, num_heads,
     )  # fmt: skip
     constants = {
-        "HAS_SINK": sink is not None, "HAS_DLSE": dlse is not None, "SHIFTED": not tile, "TILE": tile, "PACK": pack,
+        "HAS_SINK": sink is not None, "HAS_DLSE": dlse is not None, "TILE": tile, "PACK": pack,
         "DV": head_dim, "BLOCK_M": _DELTA_ROWS, "BLOCK_DV": triton.next_power_of_2(head_dim),
     }  # fmt: skip
     grid = (triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)
     _start(delta_kernel, grid, arguments, constants, None, problem.q, out, dout, sink, dlse, lse)
-    return lse2, delta, dsink
+    return tiled, dsink
 
 
 class _Form:

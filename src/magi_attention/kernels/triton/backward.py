@@ -30,7 +30,7 @@ from magi_attention.kernels.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "copy_stride"])
+@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "tiles_per_unit"])
 def delta_kernel(
     OUT, stride_ob: tl.int64, stride_ot: tl.int32, stride_oh: tl.int64,
     DOUT, stride_gb: tl.int64, stride_gt: tl.int32, stride_gh: tl.int64,
@@ -38,14 +38,12 @@ def delta_kernel(
     DLSE, stride_lb: tl.int64, stride_lt: tl.int64, stride_lh: tl.int64,
     LSE, DSINK,  # fp32 (B, T, H), contiguous
     LSE2, DELTA,  # fp32 (B, H / PACK, T, PACK), contiguous: what the gradient kernels read, lse in units of log2
-    copy_stride, num_rows, num_heads,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr,
+    tiles_per_unit, num_rows, num_heads,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """SHIFTED stores what the copy engine wants: -lse (-inf for a row that sees nothing: its weights become 0) and
-    -delta, in copies ``copy_stride`` apart, copy n shifted to the front by n * PACK, for every shift below 16 bytes.
-    TILE > 0 stores the same two in LSE2, in tiles of TILE rows: TILE values of the one, TILE of the other; the tiles of
-    a unit of PACK heads are ``copy_stride`` in number."""
+    """TILE > 0 stores -lse (-inf for a row that sees nothing: its weights become 0) and -delta in LSE2, in tiles of TILE
+    rows, ``tiles_per_unit`` for each unit of PACK heads: TILE values of the one, then TILE of the other."""
     # Heads of the same rows run together: their memory is contiguous.
     head, batch = tl.program_id(0) % num_heads, tl.program_id(1)
     first_row = tl.program_id(0) // num_heads * BLOCK_M
@@ -67,19 +65,14 @@ def delta_kernel(
     blind = lse == float("-inf")
     delta = tl.where(blind, 0.0, delta)
     unit = batch.to(tl.int64) * (num_heads // PACK) + head // PACK
-    at_stats = (unit * num_rows + rows) * PACK + head % PACK
-    if SHIFTED:
-        for shift in tl.static_range(0, 4, PACK):
-            at_copy = at_stats - shift + shift // PACK * copy_stride.to(tl.int64)
-            tl.store(DELTA + at_copy, -delta, mask=live & (at_stats >= shift))
-            tl.store(LSE2 + at_copy, tl.where(blind, lse, -lse * LOG2E), mask=live & (at_stats >= shift))
-    elif TILE > 0:
+    if TILE > 0:
         row_in_unit = rows * PACK + head % PACK
-        tile = unit * copy_stride + row_in_unit // TILE
+        tile = unit * tiles_per_unit + row_in_unit // TILE
         at_tile = tile * (2 * TILE) + row_in_unit % TILE
         tl.store(LSE2 + at_tile, tl.where(blind, lse, -lse * LOG2E), mask=live)
         tl.store(LSE2 + at_tile + TILE, -delta, mask=live)
     else:
+        at_stats = (unit * num_rows + rows) * PACK + head % PACK
         tl.store(DELTA + at_stats, delta, mask=live)
         tl.store(LSE2 + at_stats, lse * LOG2E, mask=live)
     if HAS_SINK:
@@ -332,43 +325,25 @@ def dkdv_kernel(
     tl.store(out, dv.to(DV_OUT.dtype.element_ty), mask=live[:, None] & (dims_v < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
-def scale_dq_kernel(
-    DQ_SUM,  # fp32 (B, H / PACK, T, PACK, D), contiguous
-    DQ, stride_db: tl.int64, stride_dt: tl.int32, stride_dh: tl.int64,
-    num_rows, num_heads, scale: tl.float32,
-    PACK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dq of 64 rows of a head from the sums of unscaled ds k."""
-    head, batch = tl.program_id(0) % num_heads, tl.program_id(1)
-    first_row = tl.program_id(0) // num_heads * BLOCK_M
-    rows, dims = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    inside = (rows < num_rows)[:, None] & (dims < D)[None, :]
-    unit = batch.to(tl.int64) * (num_heads // PACK) + head // PACK
-    at_sum = (unit * num_rows + rows) * PACK + head % PACK
-    dq = tl.load(DQ_SUM + at_sum[:, None] * D + dims[None, :], mask=inside, other=0.0) * scale
-    at = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), first_row, stride_dt, BLOCK_M, dims)
-    tl.store(at, dq.to(DQ.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=[*RUNTIME_SIZES, "tiles_per_unit"])
 def gather_dq_kernel(
-    DQ_SUM,  # fp32 (units, tiles_per_unit, 2, 4096): halves of dQ blocks in the order of a register tile
+    DQ_SUM,  # fp32 (units, tiles_per_unit, PARTS, 4096): (64, 64) parts of dQ blocks in the order of registers
     DQ, stride_db: tl.int64, stride_dt: tl.int32, stride_dh: tl.int64,
     num_rows, num_heads, tiles_per_unit, scale: tl.float32,
-    PACK: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    PACK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dq of one half of a block: 64 of its 128 columns when WIDE, else 64 of its 128 rows."""
-    tile, half = tl.program_id(0), tl.program_id(1)
+    """dq of one part of a block: 64 columns of its 64 rows, or, with BLOCK_Q = 128, 64 of its 128 rows."""
+    tile, part = tl.program_id(0), tl.program_id(1)
     unit = tile // tiles_per_unit
     batch, first_head = unit // (num_heads // PACK), unit % (num_heads // PACK) * PACK
-    values = tl.load(DQ_SUM + (tile.to(tl.int64) * 2 + half) * 4096 + tl.arange(0, 4096)) * scale
+    values = tl.load(DQ_SUM + (tile.to(tl.int64) * PARTS + part) * 4096 + tl.arange(0, 4096)) * scale
     # (j, warp, r, c, h, p) -> row = 16 warp + 8 h + r, column = 8 j + 2 c + p
     values = tl.reshape(tl.permute(tl.reshape(values, [8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5]), [64, 64])
-    if WIDE:
-        row, column = tile % tiles_per_unit * 64 + tl.arange(0, 64), half * 64 + tl.arange(0, 64)
+    row, column = tile % tiles_per_unit * BLOCK_Q + tl.arange(0, 64), tl.arange(0, 64)
+    if BLOCK_Q == 64:
+        column += part * 64
     else:
-        row, column = tile % tiles_per_unit * 128 + half * 64 + tl.arange(0, 64), tl.arange(0, 64)
+        row += part * 64
     token, head = row // PACK, first_head + row % PACK
     at = batch.to(tl.int64) * stride_db + token.to(tl.int64) * stride_dt + head.to(tl.int64) * stride_dh
     inside = (token < num_rows)[:, None] & (column < D)[None, :]

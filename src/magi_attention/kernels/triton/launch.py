@@ -62,7 +62,7 @@ def backward(
         delta_kernel[(triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)](
             out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
             lse, dsink, lse2, delta, 0, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
-            SHIFTED=False, TILE=0, PACK=1, DV=head_dim_v, BLOCK_M=_DELTA_ROWS, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
+            TILE=0, PACK=1, DV=head_dim_v, BLOCK_M=_DELTA_ROWS, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
     tile, plan = _plan("backward_dq", problem)
     if plan.num_tiles and batch:
