@@ -25,19 +25,35 @@ from magi_attention.kernels.hopper.compat import (
     mbarrier,
     reinterpret,
     tma_add,
-    tma_load,
     tma_store,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from magi_attention.kernels.hopper.operands_backward import (
+    BLOCK_WORDS,
+    CUT_ABOVE,
+    CUT_BELOW,
+    CUT_ROWS,
+    DQ_SLOTS,
+    DQ_WORDS,
+    ERASE_DO,
+    ERASE_K,
+    ERASE_SLOTS,
+    ERASE_V,
+    ERASE_WORDS,
+    TILE_WORDS,
+    eraser,
+    hide,
+    in_lines,
+    send_operand,
+    send_q,
+)
 from magi_attention.kernels.hopper.primitives import (
-    erase_rows,
     fence_proxy,
     get_uniform,
     get_word,
     get_words,
-    in_lines,
     named_arrive,
     named_sync,
     opaque_next,
@@ -75,61 +91,6 @@ TILE_FREE = gl.constexpr(22)
 # Named barriers: both consumers together, and the second one's start.
 TOGETHER = gl.constexpr(8)
 STAGGER = gl.constexpr(9)
-# Messages: tile (32 bytes a slot), Q block (32 a stage), rows to erase (16 a slot), where dQ goes (4 a slot).
-TILE_WORDS = gl.constexpr(512)
-BLOCK_WORDS = gl.constexpr(512 + 64)
-ERASE_WORDS = gl.constexpr(512 + 192)
-DQ_WORDS = gl.constexpr(512 + 320)
-ERASE_SLOTS = gl.constexpr(8)
-DQ_SLOTS = gl.constexpr(8)
-# What to erase.
-ERASE_K = gl.constexpr(0)
-ERASE_V = gl.constexpr(1)
-ERASE_Q = gl.constexpr(2)
-ERASE_DO = gl.constexpr(3)
-
-CUT_ABOVE = gl.constexpr(1)
-CUT_BELOW = gl.constexpr(2)
-CUT_ROWS = gl.constexpr(4)
-
-
-@gluon.jit
-def send_q(
-    Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, head, column, begin, end, q_tile, it, erased,
-    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Load a block of Q and its statistics, by way of the eraser when rows before ``begin`` or from ``end`` on are not
-    the run's."""
-    stage = it % STAGES
-    nbytes: gl.constexpr = Q_DESC.block_type.nbytes + STATS_DESC.block_type.nbytes
-    if (begin > 0) | (end < BLOCK_Q):
-        slot = erased % ERASE_SLOTS
-        put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, begin, end)
-        mbarrier.expect(dirty.index(slot), nbytes)
-        tma_load(Q_DESC, [batch, column, head, 0], dirty.index(slot), q_bufs.index(stage))
-        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], dirty.index(slot), stats_bufs.index(stage))
-        erased += 1
-    else:
-        mbarrier.expect(q_full.index(stage), nbytes)
-        tma_load(Q_DESC, [batch, column, head, 0], q_full.index(stage), q_bufs.index(stage))
-        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], q_full.index(stage), stats_bufs.index(stage))
-    return erased
-
-
-@gluon.jit
-def send_operand(DESC, bufs, full, dirty, raw, batch, first, head, begin, end, stage, erased,
-                 KIND: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
-    """Load ROWS rows, by way of the eraser when some of them do not belong to the tile or the run."""
-    if (begin > 0) | (end < ROWS):
-        slot = erased % ERASE_SLOTS
-        put_words(raw + ERASE_WORDS + slot * 16, KIND, stage, begin, end)
-        mbarrier.expect(dirty.index(slot), DESC.block_type.nbytes)
-        tma_load(DESC, [batch, first, head, 0], dirty.index(slot), bufs.index(stage))
-        erased += 1
-    else:
-        mbarrier.expect(full.index(stage), DESC.block_type.nbytes)
-        tma_load(DESC, [batch, first, head, 0], full.index(stage), bufs.index(stage))
-    return erased
 
 
 @gluon.jit
@@ -163,7 +124,7 @@ def producer(
             if run_blocks > 0:
                 raw_wait(raw + KV_FREE * 8, kv_phase)
                 kv_phase ^= 1
-                erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, 0, live_keys, 0,
+                erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, 0, 0, live_keys, 0,
                                       erased, ERASE_K, BLOCK_K)  # fmt: skip
         rows_cut = gl.where(row_end - row_begin < BLOCK_K, CUT_ROWS, 0)
         first_q_tile = (batch * heads_per_batch * units_per_kv + unit) * tiles_per_unit
@@ -185,14 +146,14 @@ def producer(
             put_word(raw + BLOCK_WORDS + stage * 32 + 16, first - column)
             put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, q_tile)
             erased = send_q(Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, unit * PACK, column, begin,
-                            end, q_tile, it, erased, BLOCK_Q, Q_STAGES)  # fmt: skip
+                            end, q_tile, stage, erased, BLOCK_Q)  # fmt: skip
             if total > 0:
-                erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head, 0, live_keys, 0,
+                erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head, 0, 0, live_keys, 0,
                                       erased, ERASE_V, BLOCK_K)  # fmt: skip
                 total = 0
             stage = it % DO_STAGES
             raw_wait(raw + (DO_FREE + stage) * 8, ((it // DO_STAGES) & 1) ^ 1)
-            erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, begin, end, stage,
+            erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, 0, begin, end, stage,
                                   erased, ERASE_DO, BLOCK_Q)  # fmt: skip
             it += 1
             b += 1
@@ -208,51 +169,6 @@ def producer(
     raw_wait(raw + KV_FREE * 8, kv_phase)
     put_words(raw + ERASE_WORDS + (erased % ERASE_SLOTS) * 16, -1, 0, 0, 0)
     mbarrier.arrive(dirty.index(erased % ERASE_SLOTS), count=1)
-
-
-@gluon.jit
-def eraser(
-    k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-):  # fmt: skip
-    """Zero operand rows beyond their tile or run, between their arrival and their announcement to the consumers.
-
-    All four operands and delta: a weight of zero times NaN would be NaN.
-    """
-    HALVES: gl.constexpr = D // 64
-    Q_GROUPS: gl.constexpr = BLOCK_Q // 8 * HALVES
-    part: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_groups = reinterpret(k_bufs, k_bufs.dtype, [BLOCK_K // 8 * HALVES, 8, 64], part)
-    v_groups = reinterpret(v_bufs, v_bufs.dtype, [BLOCK_K // 8 * HALVES, 8, 64], part)
-    q_groups = reinterpret(q_bufs, q_bufs.dtype, [Q_STAGES * Q_GROUPS, 8, 64], part)
-    do_groups = reinterpret(do_bufs, do_bufs.dtype, [DO_STAGES * Q_GROUPS, 8, 64], part)
-    done = 0
-    kind = 0
-    while kind >= 0:
-        slot = done % ERASE_SLOTS
-        mbarrier.wait(dirty.index(slot), (done // ERASE_SLOTS) & 1)
-        kind, stage, begin, end = get_words(raw + ERASE_WORDS + slot * 16)
-        if kind == ERASE_K:
-            erase_rows(k_groups, 0, begin, end, BLOCK_K, HALVES)
-            fence_proxy()
-            mbarrier.arrive(k_full.index(0), count=1)
-        if kind == ERASE_V:
-            erase_rows(v_groups, 0, begin, end, BLOCK_K, HALVES)
-            fence_proxy()
-            mbarrier.arrive(v_full.index(0), count=1)
-        if kind == ERASE_Q:
-            erase_rows(q_groups, stage * Q_GROUPS, begin, end, BLOCK_Q, HALVES)
-            line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            row = gl.arange(0, BLOCK_Q, layout=line)
-            delta_smem = stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0)
-            delta_smem.store(gl.where((row >= begin) & (row < end), delta_smem.load(line), 0.0))
-            fence_proxy()
-            mbarrier.arrive(q_full.index(stage), count=1)
-        if kind == ERASE_DO:
-            erase_rows(do_groups, stage * Q_GROUPS, begin, end, BLOCK_Q, HALVES)
-            fence_proxy()
-            mbarrier.arrive(do_full.index(stage), count=1)
-        done += 1
 
 
 @gluon.jit
@@ -282,29 +198,6 @@ def put_dq(dq, dq_bufs, raw, it, W: gl.constexpr):
     dq_bufs.index(W).store(in_lines(dq))
     fence_proxy()
     raw_arrive_released(raw + (DQ_FULL + W) * 8)
-
-
-@gluon.jit
-def hide(
-    p,
-    tile_words,
-    block_words,
-    W: gl.constexpr,
-    PACK: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    layout: gl.constexpr,
-):
-    """Weights of a partial block: 0 where the band shows nothing. The messages are read here to spare registers."""
-    _, row_begin, row_end, _ = get_words(tile_words)
-    lo, hi, end, cuts = get_words(block_words)  # relative to the block's first query
-    begin = get_word(block_words + 16)
-    row = row_begin + W * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    column = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, layout)) // PACK
-    above = gl.where(row < row_end, gl.minimum(row + hi, end), -1)
-    p = gl.where(column[None, :] <= above[:, None], p, 0.0)
-    if (cuts & CUT_BELOW) != 0:
-        p = gl.where(column[None, :] >= gl.maximum(row + lo, begin)[:, None], p, 0.0)
-    return p
 
 
 @gluon.jit
@@ -406,7 +299,7 @@ def consumer(
                 s = tanh(s * cap_scale)
             p = gl.exp2(s * scale + lse[None, :])
             if cuts != 0:
-                p = hide(p, tile_words, raw + BLOCK_WORDS + stage * 32, W, PACK, BLOCK_Q, s_layout)
+                p = hide(p, tile_words, raw + BLOCK_WORDS + stage * 32, W * 64, PACK, BLOCK_Q, s_layout)
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do, dv, is_async=True)
             if SOFTCAP:
                 p = p * (1.0 - s * s)
@@ -551,7 +444,7 @@ def backward_kernel(
             (dq_writer, (DQ_DESC, dq_bufs, raw, BLOCK_Q, D)),
             (eraser, (
                 k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
-                D, BLOCK_Q, Q_STAGES, DO_STAGES,
+                D, D, BLOCK_K, BLOCK_Q, Q_STAGES, DO_STAGES,
             )),
         ],
         [4, 1, 1, 1, 1],

@@ -36,20 +36,36 @@ from magi_attention.kernels.hopper.compat import (
     mbarrier,
     reinterpret,
     tma_add,
-    tma_load,
     tma_store,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from magi_attention.kernels.hopper.operands_backward import (
+    BLOCK_WORDS,
+    CUT_ABOVE,
+    CUT_BELOW,
+    CUT_ROWS,
+    DQ_SLOTS,
+    DQ_WORDS,
+    ERASE_DO,
+    ERASE_K,
+    ERASE_SLOTS,
+    ERASE_V,
+    ERASE_WORDS,
+    TILE_WORDS,
+    eraser,
+    hide,
+    in_lines,
+    send_operand,
+    send_q,
+)
 from magi_attention.kernels.hopper.primitives import (
     NAMED_BARRIERS,
-    erase_rows,
     fence_proxy,
     get_uniform,
     get_word,
     get_words,
-    in_lines,
     named_sync,
     opaque_next,
     pinned,
@@ -93,23 +109,6 @@ TILE_FULL = gl.constexpr(10)
 TILE_FREE = gl.constexpr(12)
 Q_FREE = gl.constexpr(16)
 DO_FREE = gl.constexpr(20)
-# Messages: tile (32 bytes a slot), Q block (32 a stage), rows to erase (16 a slot), where dQ goes (4 a slot).
-TILE_WORDS = gl.constexpr(512)
-BLOCK_WORDS = gl.constexpr(512 + 64)
-ERASE_WORDS = gl.constexpr(512 + 128)
-DQ_WORDS = gl.constexpr(512 + 256)
-# Unread at most: one each for K, V, two stages of Q and three of dO, and the last one.
-ERASE_SLOTS = gl.constexpr(8)
-DQ_SLOTS = gl.constexpr(16)
-# What to erase.
-ERASE_K = gl.constexpr(0)
-ERASE_V = gl.constexpr(1)
-ERASE_Q = gl.constexpr(2)
-ERASE_DO = gl.constexpr(3)
-
-CUT_ABOVE = gl.constexpr(1)
-CUT_BELOW = gl.constexpr(2)
-CUT_ROWS = gl.constexpr(4)
 
 
 @gluon.jit
@@ -122,44 +121,6 @@ def fresh_zero():
 def hidden_zero():
     """0 that ptxas does not know either: the grid has one axis."""
     return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.z;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def send_q(
-    Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, head, column, begin, end, q_tile, stage, erased,
-):  # fmt: skip
-    """Load a block of Q and its statistics, by way of the eraser when rows before ``begin`` or from ``end`` on are not
-    the run's."""
-    nbytes: gl.constexpr = Q_DESC.block_type.nbytes + STATS_DESC.block_type.nbytes
-    if (begin > 0) | (end < BLOCK_Q):
-        slot = erased % ERASE_SLOTS
-        put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, begin, end)
-        mbarrier.expect(dirty.index(slot), nbytes)
-        tma_load(Q_DESC, [batch, column, head, 0], dirty.index(slot), q_bufs.index(stage))
-        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], dirty.index(slot), stats_bufs.index(stage))
-        erased += 1
-    else:
-        mbarrier.expect(q_full.index(stage), nbytes)
-        tma_load(Q_DESC, [batch, column, head, 0], q_full.index(stage), q_bufs.index(stage))
-        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], q_full.index(stage), stats_bufs.index(stage))
-    return erased
-
-
-@gluon.jit
-def send_operand(
-    DESC, bufs, full, dirty, raw, batch, first, head, dim, begin, end, stage, erased, KIND: gl.constexpr
-):
-    """Load 64 rows from column ``dim`` on, by way of the eraser when some do not belong to the tile or the run."""
-    if (begin > 0) | (end < 64):
-        slot = erased % ERASE_SLOTS
-        put_words(raw + ERASE_WORDS + slot * 16, KIND, stage, begin, end)
-        mbarrier.expect(dirty.index(slot), DESC.block_type.nbytes)
-        tma_load(DESC, [batch, first, head, dim], dirty.index(slot), bufs.index(stage))
-        erased += 1
-    else:
-        mbarrier.expect(full.index(stage), DESC.block_type.nbytes)
-        tma_load(DESC, [batch, first, head, dim], full.index(stage), bufs.index(stage))
-    return erased
 
 
 @gluon.jit
@@ -199,7 +160,7 @@ def producer(
                 # Beyond the tensor the copy engine fills with zeros.
                 live_keys = gl.where(row_end < num_keys, row_end - row_begin, BLOCK_K)
                 erased = send_operand(K_DESC, k_bufs, k_full, dirty, raw, batch, row_begin, kv_head, 0, 0, live_keys,
-                                      0, erased, ERASE_K)  # fmt: skip
+                                      0, erased, ERASE_K, BLOCK_K)  # fmt: skip
                 started = 0
                 rows_cut = gl.where(row_end - row_begin < BLOCK_K, CUT_ROWS, 0)
                 for sub in range(units_per_kv):
@@ -227,17 +188,19 @@ def producer(
                             put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, q_tile)
                             erased = send_q(
                                 Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw,
-                                batch, unit * PACK, column, begin, end, q_tile, stage, erased,
+                                batch, unit * PACK, column, begin, end, q_tile, stage, erased, BLOCK_Q,
                             )  # fmt: skip
                             if started == 0:
                                 erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head,
-                                                      0, 0, live_keys, 0, erased, ERASE_V)  # fmt: skip
+                                                      0, 0, live_keys, 0, erased, ERASE_V, BLOCK_K)  # fmt: skip
                                 started = 1
                             for half in range(2):
                                 stage = halves % DO_STAGES
                                 raw_wait(raw + (DO_FREE + stage) * 8, ((halves // DO_STAGES) & 1) ^ 1)
-                                erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK,
-                                                      half * HALF, begin, end, stage, erased, ERASE_DO)  # fmt: skip
+                                erased = send_operand(
+                                    DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, half * HALF,
+                                    begin, end, stage, erased, ERASE_DO, BLOCK_Q,
+                                )  # fmt: skip
                                 halves += 1
                             it += 1
                             b += 1
@@ -253,49 +216,6 @@ def producer(
     put_words(raw + ERASE_WORDS + (erased % ERASE_SLOTS) * 16, -1, 0, 0, 0)
     mbarrier.arrive(dirty.index(erased % ERASE_SLOTS), count=1)
     retire(COUNTER, gl.num_programs(0))
-
-
-@gluon.jit
-def eraser(k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
-           DO_STAGES: gl.constexpr):  # fmt: skip
-    """Zero operand rows beyond their tile or run, between their arrival and their announcement to the consumers.
-
-    All four operands and delta: a weight of zero times NaN would be NaN.
-    """
-    SLICES: gl.constexpr = D // 64
-    GROUPS: gl.constexpr = 64 // 8 * SLICES
-    part: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_groups = reinterpret(k_bufs, k_bufs.dtype, [GROUPS, 8, 64], part)
-    v_groups = reinterpret(v_bufs, v_bufs.dtype, [GROUPS, 8, 64], part)
-    q_groups = reinterpret(q_bufs, q_bufs.dtype, [Q_STAGES * GROUPS, 8, 64], part)
-    do_groups = reinterpret(do_bufs, do_bufs.dtype, [DO_STAGES * (GROUPS // 2), 8, 64], part)
-    done = 0
-    kind = 0
-    while kind >= 0:
-        slot = done % ERASE_SLOTS
-        mbarrier.wait(dirty.index(slot), (done // ERASE_SLOTS) & 1)
-        kind, stage, begin, end = get_words(raw + ERASE_WORDS + slot * 16)
-        if kind == ERASE_K:
-            erase_rows(k_groups, 0, begin, end, BLOCK_K, SLICES)
-            fence_proxy()
-            mbarrier.arrive(k_full.index(0), count=1)
-        if kind == ERASE_V:
-            erase_rows(v_groups, 0, begin, end, BLOCK_K, SLICES)
-            fence_proxy()
-            mbarrier.arrive(v_full.index(0), count=1)
-        if kind == ERASE_Q:
-            erase_rows(q_groups, stage * GROUPS, begin, end, BLOCK_Q, SLICES)
-            line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            row = gl.arange(0, BLOCK_Q, layout=line)
-            delta_smem = stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0)
-            delta_smem.store(gl.where((row >= begin) & (row < end), delta_smem.load(line), 0.0))
-            fence_proxy()
-            mbarrier.arrive(q_full.index(stage), count=1)
-        if kind == ERASE_DO:
-            erase_rows(do_groups, stage * (GROUPS // 2), begin, end, BLOCK_Q, SLICES // 2)
-            fence_proxy()
-            mbarrier.arrive(do_full.index(stage), count=1)
-        done += 1
 
 
 @gluon.jit
@@ -352,21 +272,6 @@ def passed_weights(p_smem):
     p = p_smem.load(line)
     p = p.reshape([4, 4, 8, 4, 2, 2, 2]).permute([1, 5, 2, 0, 4, 3, 6]).reshape([64, 64])
     return gl.convert_layout(p, S_LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def hide(p, tile_words, block_words, PACK: gl.constexpr):
-    """Weights of a partial block: 0 where the band shows nothing. The messages are read here to spare registers."""
-    _, row_begin, row_end, _ = get_words(tile_words)
-    lo, hi, end, cuts = get_words(block_words)  # relative to the block's first query
-    begin = get_word(block_words + 16)
-    row = row_begin + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, S_LAYOUT))
-    column = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, S_LAYOUT)) // PACK
-    above = gl.where(row < row_end, gl.minimum(row + hi, end), -1)
-    p = gl.where(column[None, :] <= above[:, None], p, 0.0)
-    if (cuts & CUT_BELOW) != 0:
-        p = gl.where(column[None, :] >= gl.maximum(row + lo, begin)[:, None], p, 0.0)
-    return p
 
 
 @gluon.jit
@@ -459,7 +364,8 @@ def score_warpgroup(
                 s = tanh(s * cap_scale)
             p = gl.exp2(s * scale + lse[None, :])
             if cuts != 0:
-                p = hide(p, raw + TILE_WORDS + (tiles & 1) * 32, raw + BLOCK_WORDS + stage * 32, PACK)
+                p = hide(p, raw + TILE_WORDS + (tiles & 1) * 32, raw + BLOCK_WORDS + stage * 32, 0, PACK,
+                         BLOCK_Q, S_LAYOUT)  # fmt: skip
             weights = p.to(dtype)
             # The spin loop is a border: ptxas would move the wait above the exponentials.
             raw_wait(raw + P_FREE * 8, (it & 1) ^ 1)
@@ -678,7 +584,8 @@ def backward_wide_kernel(
             (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(0))),
             (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(1))),
             (eraser, (
-                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw, DO_STAGES,
+                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+                D, HALF, BLOCK_K, BLOCK_Q, Q_STAGES, DO_STAGES,
             )),
         ],
         [4, 1, 1, 1, 1],

@@ -215,18 +215,6 @@ def tanh(x):
 
 
 @gluon.jit
-def in_lines(x):
-    """A (64, 64) fp32 accumulator as (128, 32), in the order in which registers hold it.
-
-    It has row = 16 warp + 8 h + r and column = 8 j + 2 c + p in a thread of (warp, r, c); the order is
-    (j, warp, r, c, h, p): whole vectors a thread, no bank conflicts, and one address for all of them.
-    """
-    lines: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    x = x.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([128, 32])
-    return gl.convert_layout(x, lines, assert_trivial=True)
-
-
-@gluon.jit
 def erase_rows(groups, first_group, begin, end, ROWS: gl.constexpr, HALVES: gl.constexpr):
     """Zero the rows before ``begin`` and from ``end`` on of a (ROWS, 64 * HALVES) operand, seen as groups of (8, 64).
 
