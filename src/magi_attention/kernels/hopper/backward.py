@@ -18,19 +18,7 @@ times -delta) and a tile of fp32 dQ, which lies in memory in the order in which 
 
 from __future__ import annotations
 
-from magi_attention.kernels.hopper.compat import (
-    fence_async_shared,
-    gl,
-    gluon,
-    mbarrier,
-    reinterpret,
-    tma_add,
-    tma_store,
-    tma_store_wait,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from magi_attention.kernels.hopper.operands_backward import (
+from magi_attention.kernels.hopper.backward_operands import (
     BLOCK_WORDS,
     CUT_ABOVE,
     CUT_BELOW,
@@ -48,6 +36,18 @@ from magi_attention.kernels.hopper.operands_backward import (
     in_lines,
     send_operand,
     send_q,
+)
+from magi_attention.kernels.hopper.compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    reinterpret,
+    tma_add,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from magi_attention.kernels.hopper.primitives import (
     fence_proxy,

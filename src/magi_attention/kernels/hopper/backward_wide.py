@@ -29,19 +29,7 @@ backward.
 
 from __future__ import annotations
 
-from magi_attention.kernels.hopper.compat import (
-    fence_async_shared,
-    gl,
-    gluon,
-    mbarrier,
-    reinterpret,
-    tma_add,
-    tma_store,
-    tma_store_wait,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from magi_attention.kernels.hopper.operands_backward import (
+from magi_attention.kernels.hopper.backward_operands import (
     BLOCK_WORDS,
     CUT_ABOVE,
     CUT_BELOW,
@@ -59,6 +47,18 @@ from magi_attention.kernels.hopper.operands_backward import (
     in_lines,
     send_operand,
     send_q,
+)
+from magi_attention.kernels.hopper.compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    reinterpret,
+    tma_add,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from magi_attention.kernels.hopper.primitives import (
     NAMED_BARRIERS,
