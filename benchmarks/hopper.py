@@ -84,19 +84,6 @@ def rounded_area(bands: Bands, num_rows: int, block_rows: int, block_cols: int) 
     return int(runs.num_blocks.sum()) * block_rows * block_cols
 
 
-def tile_of(direction: str, head_dim: int, group: int) -> tuple[int, int]:
-    """(block_rows, block_cols) in tokens of the Hopper kernel of ``direction``; the backward's rows are keys.
-
-    Heads of a group that share a tile leave room for fewer tokens of the queries.
-    """
-    pack = tiling.packed_heads(group)
-    if direction == "backward":
-        backward = tiling.hopper_backward_tile(head_dim)
-        return backward.block_keys, backward.block_queries // pack
-    forward = tiling.hopper_forward_tile(head_dim, short_runs=True)
-    return forward.block_rows(pack), forward.block_cols
-
-
 def efficiency(mask: str, tokens: int, direction: str, block_rows: int, block_cols: int) -> float:
     """Visible pairs over computed pairs: what rounding to whole tiles leaves of the dense rate."""
     work = workload(mask, tokens)
@@ -123,7 +110,10 @@ def document_bounds(report: Report, ours: str, tiles: dict[str, tuple[int, int] 
             report.add_cost(name, "no figure: a row is missing")
             continue
         try:
-            tile = tiles.get(direction) or tile_of(direction, row.head_dim, row.heads // row.kv_heads)
+            group = row.heads // row.kv_heads
+            tile = tiles.get(direction) or tiling.hopper_blocks(
+                direction, row.head_dim, group, short_runs=True
+            )
             kept = efficiency(row.mask, row.tokens, direction, *tile)
         except Exception as error:  # the figures of the run are worth more than this one
             report.add_cost(name, first_line(error))

@@ -215,15 +215,14 @@ def fault_of(case: Case, backend: str, seed: int, near: float) -> tuple[str, flo
     # that promise their bits.
     extra = ("max logits", "parts", "deterministic")[seed % len(SPECIALISATIONS) // 3 % 3]
     comparison = compare(case, backend=backend, max_logits=extra == "max logits")
-    ratio = max(figure.ratio for figure in comparison.figures)
-    if ratio > near or any(figure.fault for figure in comparison.figures):
-        return str(comparison), ratio
+    compared = {"": comparison}
     if extra == "parts":
         cuts = np.sort(np.random.default_rng(seed).integers(0, case.mask.num_cols + 1, 2)).tolist()
-        parts = compare_parts(case, cuts, backend=backend)
-        worst = max(figure.ratio for figure in parts.figures)
-        if worst > near or any(figure.fault for figure in parts.figures):
-            return f"in parts {cuts}:\n{parts}", worst
+        compared[f"in parts {cuts}:\n"] = compare_parts(case, cuts, backend=backend)
+    ratio = max(figure.ratio for each in compared.values() for figure in each.figures)
+    for label, each in compared.items():
+        if any(figure.ratio > near or figure.fault for figure in each.figures):
+            return f"{label}{each}", ratio
     if extra == "deterministic":
         poison_free_memory(case.q.device)
         found = disagreements(case, comparison, backend, deterministic=True)

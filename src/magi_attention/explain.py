@@ -17,10 +17,7 @@ from magi_attention.plan.tiles import build_plan, max_num_tiles, run_geometry
 from magi_attention.plan.tiling import (
     choose_tiles,
     has_short_runs,
-    hopper_backward_tile,
-    hopper_forward_tile,
-    packed_heads,
-    packed_heads_backward,
+    hopper_blocks,
 )
 
 
@@ -150,19 +147,17 @@ def kernel_tiles(
     dim = max(request.head_dim, request.head_dim_v)
     if dim > MAX_HEAD_DIM:
         return ()
-
-    def triton(kernel: str, owns_keys: bool = False) -> KernelTile:
-        tile = choose_tiles(kernel, dim, request.dtype.itemsize)
-        return KernelTile(kernel, tile.block_rows, tile.block_cols, owns_keys)
-
-    forward, backward = triton("forward"), (triton("backward_dq"), triton("backward_dkdv", owns_keys=True))
     if backend == "hopper":
         short = has_short_runs(num_rows, num_bands)
-        wide = hopper_forward_tile(dim, short)
-        forward = KernelTile("forward", wide.block_rows(packed_heads(group)), wide.block_cols, False)
-        tile, pack = hopper_backward_tile(dim), packed_heads_backward(group, short)
-        return forward, KernelTile("backward", tile.block_keys, tile.block_queries // pack, True)
-    return forward, *backward
+        return tuple(
+            KernelTile(kernel, *hopper_blocks(kernel, dim, group, short), kernel == "backward")
+            for kernel in ("forward", "backward")
+        )
+    found = []
+    for kernel in ("forward", "backward_dq", "backward_dkdv"):
+        tile = choose_tiles(kernel, dim, request.dtype.itemsize)
+        found.append(KernelTile(kernel, tile.block_rows, tile.block_cols, kernel == "backward_dkdv"))
+    return tuple(found)
 
 
 def _work(tile: KernelTile, mask: Mask | DeviceMask) -> KernelWork:

@@ -125,7 +125,7 @@ def edited(kernel: Any, edit: Edit) -> Any:
     """The kernel of the same name in an edited copy of its module."""
     module = sys.modules[kernel.__module__]
     text, count = re.subn(edit.pattern, edit.replacement, Path(module.__file__).read_text())
-    assert count, f"{edit}: nothing to edit in {kernel.__module__}"
+    assert count == 1, f"{edit}: expected one place to edit in {kernel.__module__}, found {count}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "edited.py"
         path.write_text(text)

@@ -44,6 +44,11 @@ def steps(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(s // ALIGN if n > 1 else 0 for s, n in zip(stride[:3], shape, strict=False))
 
 
+def engine_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
+    """Strides in elements as the copy engine wants them: in whole 16-byte steps, also that of an axis of length one."""
+    return [*(s if n > 1 else ALIGN for s, n in zip(stride[:-1], shape, strict=False)), 1]
+
+
 def optional(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
     """Pointer and strides of an optional fp32 (B, T, H) tensor; ``stand_in`` is passed and never read when absent."""
     return (stand_in, 0, 0, 0) if x is None else (x, *x.stride())

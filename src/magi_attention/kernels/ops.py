@@ -65,18 +65,26 @@ _HERE = contextlib.nullcontext()
 
 def _device_of(q: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Where to call a backend: Triton launches on the current device, which need not be that of the tensors."""
-    return (
-        torch.cuda.device(q.device) if q.is_cuda and q.device.index != torch.cuda.current_device() else _HERE
-    )
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        return torch.cuda.device(q.device)
+    return _HERE
+
+
+def _run(
+    problem: Problem, need_max_logits: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A backend's (out, lse, max_logits), as schemas promise them: max_logits even where nobody asked for it."""
+    q = problem.q
+    with _device_of(q):
+        out, lse, max_logits = _implementation(backend, q, problem.v).forward(problem, need_max_logits)
+    return out, lse, lse.new_empty(q.shape[2]) if max_logits is None else max_logits
 
 
 def _forward(  # type: ignore[no-untyped-def]
     q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
-    with _device_of(q):
-        out, lse, max_logits = _implementation(backend, q, v).forward(problem, need_max_logits)
-    return out, lse, lse.new_empty(q.shape[2]) if max_logits is None else max_logits
+    return _run(problem, need_max_logits, backend)
 
 
 def _backward(  # type: ignore[no-untyped-def]
@@ -91,9 +99,7 @@ def _accumulate(  # type: ignore[no-untyped-def]
     out, lse, q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, sm_margin, backend
 ):
     problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, sm_margin=sm_margin, earlier=(out, lse))
-    with _device_of(q):
-        max_logits = _implementation(backend, q, v).forward(problem, need_max_logits)[2]
-    return lse.new_empty(q.shape[2]) if max_logits is None else max_logits
+    return _run(problem, need_max_logits, backend)[2]
 
 
 for _device in ("CPU", "CUDA"):

@@ -39,8 +39,12 @@ class Request:
 
 def request_of(q: torch.Tensor, v: torch.Tensor) -> Request:
     """The request that these tensors make."""
-    capability = _capability(q.device.index) if q.is_cuda and torch.version.cuda else None
-    return Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], capability)
+    return _request(q.device, q.dtype, q.shape[-1], v.shape[-1])
+
+
+def _request(device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> Request:
+    capability = _capability(device.index) if device.type == "cuda" and torch.version.cuda else None
+    return Request(device.type, dtype, head_dim, head_dim_v, capability)
 
 
 @functools.cache
@@ -144,8 +148,7 @@ def _backend_on_gpu(
     device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int, name: str | None
 ) -> str:
     # Unlike on the CPU, where TRITON_INTERPRET matters, nothing else can change the answer.
-    capability = _capability(device.index) if torch.version.cuda else None
-    return choose_backend(Request(device.type, dtype, head_dim, head_dim_v, capability), name)
+    return choose_backend(_request(device, dtype, head_dim, head_dim_v), name)
 
 
 def describe(request: Request) -> str:

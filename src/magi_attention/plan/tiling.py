@@ -158,3 +158,15 @@ def packed_heads_backward(group: int, short_runs: bool) -> int:
     fewer of them in L2 at a time, which pays for everything else.
     """
     return packed_heads(group) if short_runs else 1
+
+
+def hopper_blocks(direction: str, head_dim: int, group: int, short_runs: bool) -> tuple[int, int]:
+    """(rows of a tile, columns a step) of the Hopper "forward" or "backward", in tokens; the backward's rows are keys.
+
+    Heads of a group that share a tile leave room for fewer tokens of the queries.
+    """
+    if direction == "forward":
+        forward = hopper_forward_tile(head_dim, short_runs)
+        return forward.block_rows(packed_heads(group)), forward.block_cols
+    backward = hopper_backward_tile(head_dim)
+    return backward.block_keys, backward.block_queries // packed_heads_backward(group, short_runs)

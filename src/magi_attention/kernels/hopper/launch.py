@@ -14,8 +14,8 @@ from magi_attention.kernels.hopper.backward_wide import backward_wide_kernel
 from magi_attention.kernels.hopper.compat import TensorDescriptor, gl
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.operands import (
-    ALIGN,
     aligned,
+    engine_strides,
     heads_in_cache,
     in_place,
     optional,
@@ -346,11 +346,9 @@ def _framed(x: torch.Tensor, frame: dict[str, Any]) -> TensorDescriptor:
 def _frame(
     shape: tuple[int, ...], stride: tuple[int, ...], block: tuple[int, ...], element_size: int
 ) -> dict[str, Any]:
-    # The stride of an axis of length one is arbitrary; the engine wants whole 16-byte steps.
-    steps = [s if n > 1 else ALIGN for s, n in zip(stride[:-1], shape, strict=False)]
     return {
         "shape": list(shape),
-        "strides": [*steps, 1],
+        "strides": engine_strides(shape, stride),
         "block_shape": list(block),
         "layout": _layout(len(block), element_size),
         "padding": "zero",

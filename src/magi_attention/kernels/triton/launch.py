@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from magi_attention.kernels.operands import ALIGN, aligned, optional, strides, wave
+from magi_attention.kernels.operands import aligned, engine_strides, optional, strides, wave
 from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
@@ -106,10 +106,8 @@ def _blocks(rows: int, tma: bool, *tensors: torch.Tensor) -> tuple:
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    # The stride of an axis of length one is arbitrary; the engine wants whole 16-byte steps.
-    strides = [s if n > 1 else ALIGN for s, n in zip(x.stride()[:3], x.shape, strict=False)]
     dim = max(16, triton.next_power_of_2(x.shape[3]))
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, dim])
+    return TensorDescriptor(x, list(x.shape), engine_strides(x.shape, x.stride()), [1, rows, 1, dim])
 
 
 def _has_copy_engine(q: torch.Tensor, k: torch.Tensor) -> bool:
