@@ -354,7 +354,9 @@ def consumer(
         num_blocks = get_uniform(raw + TILE_WORDS + (tiles & 1) * 32)
         tma_store_wait(0)
         named_sync(TOGETHER, 256)
-    raw_arrive_released(raw + (DQ_FULL + W) * 8)  # the writer finds the last message
+    # The writer finds the last message; it may still be at the other half of the block before.
+    raw_wait(raw + (DQ_FREE + W) * 8, (it & 1) ^ 1)
+    raw_arrive_released(raw + (DQ_FULL + W) * 8)
 
 
 RUNTIME_SIZES = [
