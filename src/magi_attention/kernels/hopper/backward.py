@@ -24,6 +24,8 @@ from magi_attention.kernels.hopper.backward_operands import (
     CUT_BELOW,
     CUT_ROWS,
     DQ_SLOTS,
+    DQ_STATES,
+    DQ_STORED,
     DQ_WORDS,
     ERASE_DO,
     ERASE_K,
@@ -50,6 +52,8 @@ from magi_attention.kernels.hopper.compat import (
     warpgroup_mma_wait,
 )
 from magi_attention.kernels.hopper.primitives import (
+    await_published,
+    claim,
     fence_proxy,
     get_uniform,
     get_word,
@@ -58,6 +62,7 @@ from magi_attention.kernels.hopper.primitives import (
     named_sync,
     opaque_next,
     pinned,
+    publish,
     put_word,
     put_words,
     raw_arrive,
@@ -96,7 +101,7 @@ STAGGER = gl.constexpr(9)
 @gluon.jit
 def producer(
     Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs,
-    k_full, v_full, q_full, do_full, dirty, raw, heads_per_batch, units_per_kv, tiles_per_unit, num_keys,
+    k_full, v_full, q_full, do_full, dirty, raw, DQ_STATE, heads_per_batch, units_per_kv, tiles_per_unit, num_keys,
     PACK: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = BLOCK_Q // PACK
@@ -144,13 +149,14 @@ def producer(
             raw_wait(raw + (Q_FREE + stage) * 8, ((it // Q_STAGES) & 1) ^ 1)
             put_words(raw + BLOCK_WORDS + stage * 32, lo - column, hi - column, last - 1 - column, cuts)
             put_word(raw + BLOCK_WORDS + stage * 32 + 16, first - column)
-            put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, q_tile)
             erased = send_q(Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, unit * PACK, column, begin,
                             end, q_tile, stage, erased, BLOCK_Q)  # fmt: skip
             if total > 0:
                 erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head, 0, 0, live_keys, 0,
                                       erased, ERASE_V, BLOCK_K)  # fmt: skip
                 total = 0
+            # Before dO, which every turn of the writer comes after.
+            put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, q_tile * DQ_STATES + claim(DQ_STATE + q_tile))
             stage = it % DO_STAGES
             raw_wait(raw + (DO_FREE + stage) * 8, ((it // DO_STAGES) & 1) ^ 1)
             erased = send_operand(DO_DESC, do_bufs, do_full, dirty, raw, batch, column, unit * PACK, 0, begin, end, stage,
@@ -172,22 +178,38 @@ def producer(
 
 
 @gluon.jit
-def dq_writer(DQ_DESC, dq_bufs, raw, BLOCK_Q: gl.constexpr, D: gl.constexpr):
-    """Reduce the two staged halves of each dQ block into global memory."""
+def dq_writer(DQ_DESC, DQ_STATE, dq_bufs, raw, BLOCK_Q: gl.constexpr, D: gl.constexpr):
+    """Store or add the two staged halves of each dQ block.
+
+    The first program to claim a block stores it, and nobody need fill dQ with zeros. A program claims its blocks in
+    the order in which it writes them: who waits here waits for an earlier claim, and so never in a circle.
+    """
     LINES: gl.constexpr = BLOCK_Q * D // 32
     it = 0
-    q_tile = 0
-    while q_tile >= 0:
+    word = 0
+    while word >= 0:
         raw_wait(raw + DQ_FULL * 8, it & 1)
-        q_tile = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4)
-        if q_tile >= 0:
-            tma_add(DQ_DESC, [q_tile * LINES, 0], dq_bufs.index(0))
-            raw_wait(raw + (DQ_FULL + 1) * 8, it & 1)
-            tma_add(DQ_DESC, [q_tile * LINES + 128, 0], dq_bufs.index(1))
+        word = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4)
+        if word >= 0:
+            q_tile = word // DQ_STATES
+            line = q_tile * LINES
+            state = word % DQ_STATES
+            if state == 0:
+                tma_store(DQ_DESC, [line, 0], dq_bufs.index(0))
+                raw_wait(raw + (DQ_FULL + 1) * 8, it & 1)
+                tma_store(DQ_DESC, [line + 128, 0], dq_bufs.index(1))
+            else:
+                if (state & DQ_STORED) == 0:
+                    await_published(DQ_STATE + q_tile, DQ_STORED)
+                tma_add(DQ_DESC, [line, 0], dq_bufs.index(0))
+                raw_wait(raw + (DQ_FULL + 1) * 8, it & 1)
+                tma_add(DQ_DESC, [line + 128, 0], dq_bufs.index(1))
             tma_store_wait(1)
             raw_arrive_released(raw + DQ_FREE * 8)
             tma_store_wait(0)
             raw_arrive_released(raw + (DQ_FREE + 1) * 8)
+            if state == 0:
+                publish(DQ_STATE + q_tile, DQ_STORED)
         it += 1
 
 
@@ -377,6 +399,7 @@ RUNTIME_SIZES = [
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_kernel(
     Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, DQ_DESC, DK_DESC, DV_DESC,
+    DQ_STATE,  # int32, one a Q block: 0 at the start, and at the end where the block has no dQ
     DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
     tiles_per_unit, num_keys, scale, cap_scale, softmax_scale,
@@ -436,14 +459,14 @@ def backward_kernel(
             )),
             (producer, (
                 Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs,
-                k_full, v_full, q_full, do_full, dirty, raw,
+                k_full, v_full, q_full, do_full, dirty, raw, DQ_STATE,
                 heads_per_batch, units_per_kv, tiles_per_unit, num_keys, PACK, BLOCK_Q, Q_STAGES, DO_STAGES,
             )),
             (scheduler, (
                 raw, TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave,
                 parts, BLOCK_Q // PACK, gl.constexpr(True),
             )),
-            (dq_writer, (DQ_DESC, dq_bufs, raw, BLOCK_Q, D)),
+            (dq_writer, (DQ_DESC, DQ_STATE, dq_bufs, raw, BLOCK_Q, D)),
             (eraser, (
                 k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
                 D, D, BLOCK_K, BLOCK_Q, Q_STAGES, DO_STAGES,

@@ -19,6 +19,10 @@ DQ_WORDS = gl.constexpr(512 + 320)
 # Unread at most: one each for K and V, those in the rings of Q and dO, and the last one.
 ERASE_SLOTS = gl.constexpr(8)
 DQ_SLOTS = gl.constexpr(8)
+# Where dQ goes is its block's number times DQ_STATES plus what ``claim`` said. A block's state: whether it is claimed,
+# and which parts of it the one who claimed it has stored: all of it, or one of two halves.
+DQ_STATES = gl.constexpr(8)
+DQ_STORED = gl.constexpr(2)
 # What to erase.
 ERASE_K = gl.constexpr(0)
 ERASE_V = gl.constexpr(1)

@@ -35,6 +35,8 @@ from magi_attention.kernels.hopper.backward_operands import (
     CUT_BELOW,
     CUT_ROWS,
     DQ_SLOTS,
+    DQ_STATES,
+    DQ_STORED,
     DQ_WORDS,
     ERASE_DO,
     ERASE_K,
@@ -62,6 +64,8 @@ from magi_attention.kernels.hopper.compat import (
 )
 from magi_attention.kernels.hopper.primitives import (
     NAMED_BARRIERS,
+    await_published,
+    claim,
     fence_proxy,
     get_uniform,
     get_word,
@@ -69,6 +73,7 @@ from magi_attention.kernels.hopper.primitives import (
     named_sync,
     opaque_next,
     pinned,
+    publish,
     put_word,
     put_words,
     raw_arrive,
@@ -126,7 +131,7 @@ def hidden_zero():
 @gluon.jit
 def producer(
     Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs,
-    k_full, v_full, q_full, do_full, dirty, raw,
+    k_full, v_full, q_full, do_full, dirty, raw, DQ_STATE,
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
     tiles_per_unit, num_keys, PACK: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -185,7 +190,6 @@ def producer(
                             words = raw + BLOCK_WORDS + stage * 32
                             put_words(words, lo - column, hi - column, last - 1 - column, cuts)
                             put_word(words + 16, first - column)
-                            put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, q_tile)
                             erased = send_q(
                                 Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw,
                                 batch, unit * PACK, column, begin, end, q_tile, stage, erased, BLOCK_Q,
@@ -194,6 +198,9 @@ def producer(
                                 erased = send_operand(V_DESC, v_bufs, v_full, dirty, raw, batch, row_begin, kv_head,
                                                       0, 0, live_keys, 0, erased, ERASE_V, BLOCK_K)  # fmt: skip
                                 started = 1
+                            # Before dO, which every turn of the writers comes after.
+                            word = q_tile * DQ_STATES + claim(DQ_STATE + q_tile)
+                            put_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4, word)
                             for half in range(2):
                                 stage = halves % DO_STAGES
                                 raw_wait(raw + (DO_FREE + stage) * 8, ((halves // DO_STAGES) & 1) ^ 1)
@@ -219,22 +226,30 @@ def producer(
 
 
 @gluon.jit
-def dq_writer(DQ_DESC, dq_bufs, raw, W: gl.constexpr):
-    """Reduce a warpgroup's two quarters of each dQ block into global memory, one after the other."""
+def dq_writer(DQ_DESC, DQ_STATE, dq_bufs, raw, W: gl.constexpr):
+    """Store or add a warpgroup's two quarters of each dQ block, one after the other (see backward.py on claims)."""
     it = 0
-    q_tile = 0
-    while q_tile >= 0:
+    word = 0
+    while word >= 0:
         raw_wait(raw + (DQ_FULL + W) * 8, 0)
-        q_tile = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4)
-        if q_tile >= 0:
+        word = get_word(raw + DQ_WORDS + (it % DQ_SLOTS) * 4)
+        if word >= 0:
+            q_tile = word // DQ_STATES
             line = (4 * q_tile + 2 * W) * QUARTER_LINES
-            tma_add(DQ_DESC, [line, 0], dq_bufs.index(W))
-            tma_store_wait(0)
-            raw_arrive_released(raw + (DQ_FREE + W) * 8)
-            raw_wait(raw + (DQ_FULL + W) * 8, 1)
-            tma_add(DQ_DESC, [line + QUARTER_LINES, 0], dq_bufs.index(W))
-            tma_store_wait(0)
-            raw_arrive_released(raw + (DQ_FREE + W) * 8)
+            state = word % DQ_STATES
+            if (state > 0) & ((state & (DQ_STORED << W)) == 0):
+                await_published(DQ_STATE + q_tile, DQ_STORED << W)
+            for quarter in gl.static_range(2):
+                if quarter > 0:
+                    raw_wait(raw + (DQ_FULL + W) * 8, 1)
+                if state == 0:
+                    tma_store(DQ_DESC, [line + quarter * QUARTER_LINES, 0], dq_bufs.index(W))
+                else:
+                    tma_add(DQ_DESC, [line + quarter * QUARTER_LINES, 0], dq_bufs.index(W))
+                tma_store_wait(0)
+                raw_arrive_released(raw + (DQ_FREE + W) * 8)
+            if state == 0:
+                publish(DQ_STATE + q_tile, DQ_STORED << W)
         it += 1
 
 
@@ -512,7 +527,7 @@ RUNTIME_SIZES = [
 
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_wide_kernel(
-    Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, DQ_DESC, DK_DESC, DV_DESC,
+    Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, DQ_DESC, DK_DESC, DV_DESC, DQ_STATE,
     DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
     tiles_per_unit, num_keys, scale, cap_scale, softmax_scale,
@@ -577,12 +592,12 @@ def backward_wide_kernel(
             )),
             (producer, (
                 Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC,
-                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
+                k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw, DQ_STATE,
                 TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
                 tiles_per_unit, num_keys, PACK, DO_STAGES,
             )),
-            (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(0))),
-            (dq_writer, (DQ_DESC, dq_bufs, raw, gl.constexpr(1))),
+            (dq_writer, (DQ_DESC, DQ_STATE, dq_bufs, raw, gl.constexpr(0))),
+            (dq_writer, (DQ_DESC, DQ_STATE, dq_bufs, raw, gl.constexpr(1))),
             (eraser, (
                 k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, k_full, v_full, q_full, do_full, dirty, raw,
                 D, HALF, BLOCK_K, BLOCK_Q, Q_STAGES, DO_STAGES,

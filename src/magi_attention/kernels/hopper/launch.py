@@ -199,23 +199,24 @@ def backward(
     tiles_per_unit = triton.cdiv(num_rows * pack, tile.block_queries)
     num_blocks = batch * num_heads // pack * tiles_per_unit
     tiled, dsink = _row_statistics(problem, out, lse, dout, dlse, pack, tile.block_queries)
-    dq_sum = torch.zeros(
-        num_blocks * tile.block_queries * dim // 32, 32, dtype=torch.float32, device=q.device
-    )
+    dq_sum = lse.new_empty(num_blocks * tile.block_queries * dim // 32, 32)
+    dq_state = torch.zeros(num_blocks, dtype=torch.int32, device=q.device)
     # The wide kernel takes dO in halves, and each of its warpgroups stores half of the columns of dK and dV.
     rows, keys = (1, tile.block_queries // pack, pack, dim), (1, tile.block_keys, 1, dim)
     dout_rows, part = (*rows[:3], min(dim, 128)), (1, 64, 1, min(dim, 128))
     arguments = (
         _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, dout_rows),
         _descriptor(tiled, (2 * tile.block_queries,)), _descriptor(dq_sum, (128, 32)),
-        _descriptor(dk, part), _descriptor(dv, part), dk, *strides(dk), dv, *strides(dv),
+        _descriptor(dk, part), _descriptor(dv, part), dq_state, dk, *strides(dk), dv, *strides(dv),
         *work, tiles_per_unit, num_cols, *scales,
     )  # fmt: skip
     kernel = backward_kernel if dim <= 128 else backward_wide_kernel
     _start(kernel, (programs,), arguments, constants, tile.max_registers, q)
     dq = torch.empty_like(q)
     parts = tile.block_queries * dim // 4096
-    arguments = (dq_sum, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, problem.softmax_scale)
+    arguments = (
+        dq_sum, dq_state, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, problem.softmax_scale,
+    )  # fmt: skip
     constants = {"PACK": pack, "D": head_dim, "BLOCK_Q": tile.block_queries, "PARTS": parts}
     _start(gather_dq_kernel, (num_blocks, parts), arguments, constants, None, q)
     return dq, dk, dv, dsink

@@ -184,6 +184,53 @@ def retire(counter, num_programs):
 
 
 @gluon.jit
+def claim(state):
+    """What has become of a block of global memory: 0 for the first program that asks, an odd number for all others.
+
+    Call from a partition of one warp. ``publish`` sets the other bits. Relaxed: bulk reductions are made in the L2
+    cache, where a store is before its bit is.
+    """
+    return gl.inline_asm_elementwise("""{
+        .reg .pred p; .reg .b32 t, l;
+        mov.u32 l, %laneid; setp.eq.u32 p, l, 0;
+        mov.u32 t, 0;
+        @p atom.global.relaxed.gpu.or.b32 t, [$1], 1;
+        shfl.sync.idx.b32 $0, t, 0, 0x1f, 0xffffffff; }""", "=r,l", [state.to(gl.int64, bitcast=True)],
+                                     dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def publish(state, bit):
+    """Wait until this warp's bulk stores are in global memory, and let other programs' ``await_published`` return."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        cp.async.bulk.wait_group 0;
+        bar.warp.sync -1;
+        elect.sync _|p, -1;
+        @p red.release.gpu.global.or.b32 [$1], $2;
+        mov.u32 $0, 0; }""", "=r,l,r", [state.to(gl.int64, bitcast=True), bit], dtype=gl.int32, is_pure=False,
+                              pack=1)  # fmt: skip
+
+
+@gluon.jit
+def await_published(state, bit):
+    """Wait until the block's first program has published ``bit``: bulk reductions may then add to what it stored."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p, first; .reg .b32 t, l;
+        mov.u32 l, %laneid; setp.eq.u32 first, l, 0;
+        awaitPublished:
+        mov.u32 t, 0;
+        @first ld.acquire.gpu.global.b32 t, [$1];
+        shfl.sync.idx.b32 t, t, 0, 0x1f, 0xffffffff;
+        and.b32 t, t, $2;
+        setp.eq.u32 p, t, 0;
+        @p bra.uni awaitPublished;
+        fence.proxy.async;
+        mov.u32 $0, 0; }""", "=r,l,r", [state.to(gl.int64, bitcast=True), bit], dtype=gl.int32, is_pure=False,
+                              pack=1)  # fmt: skip
+
+
+@gluon.jit
 def pinned(x):
     """Identity that keeps an accumulator's initialisation above a product already in flight."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)

@@ -328,6 +328,7 @@ def dkdv_kernel(
 @triton.jit(do_not_specialize=[*RUNTIME_SIZES, "tiles_per_unit"])
 def gather_dq_kernel(
     DQ_SUM,  # fp32 (units, tiles_per_unit, PARTS, 4096): (64, 64) parts of dQ blocks in the order of registers
+    DQ_STATE,  # int32 (units, tiles_per_unit): 0 where DQ_SUM was not written and may hold anything
     DQ, stride_db: tl.int64, stride_dt: tl.int32, stride_dh: tl.int64,
     num_rows, num_heads, tiles_per_unit, scale: tl.float32,
     PACK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr,
@@ -336,7 +337,8 @@ def gather_dq_kernel(
     tile, part = tl.program_id(0), tl.program_id(1)
     unit = tile // tiles_per_unit
     batch, first_head = unit // (num_heads // PACK), unit % (num_heads // PACK) * PACK
-    values = tl.load(DQ_SUM + (tile.to(tl.int64) * PARTS + part) * 4096 + tl.arange(0, 4096)) * scale
+    at_sum = DQ_SUM + (tile.to(tl.int64) * PARTS + part) * 4096 + tl.arange(0, 4096)
+    values = tl.load(at_sum, mask=tl.load(DQ_STATE + tile) != 0, other=0.0) * scale
     # (j, warp, r, c, h, p) -> row = 16 warp + 8 h + r, column = 8 j + 2 c + p
     values = tl.reshape(tl.permute(tl.reshape(values, [8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5]), [64, 64])
     row, column = tile % tiles_per_unit * BLOCK_Q + tl.arange(0, 64), tl.arange(0, 64)
