@@ -9,7 +9,7 @@ import torch
 
 from magi_attention import DeviceMask, Mask, explain
 from magi_attention.explain import kernel_tiles
-from magi_attention.kernels.select import BACKENDS, Request
+from magi_attention.kernels.select import BACKENDS, Request, choose_backend, describe, modifiers_of
 from magi_attention.plan.tiling import choose_tiles
 
 
@@ -98,3 +98,11 @@ def test_the_hopper_kernels_count_tokens_of_packed_heads() -> None:
     assert kernel_tiles("hopper", request, 4, 16384, 100)[1].block_cols == 16
     wide = kernel_tiles("hopper", replace(request, head_dim=256, head_dim_v=256), 1, 16384, 1)
     assert wide == (("forward", 128, 64, False), ("backward", 64, 64, True))
+
+
+def test_what_a_backend_does_not_have_is_said() -> None:
+    request = Request("cuda", torch.bfloat16, 128, 128, (9, 0), modifiers_of(True, True))
+    assert choose_backend(request) == "triton"
+    assert "no: it has no dropout and ALiBi" in describe(request)
+    x = torch.zeros(8, 2, 16)
+    assert explain(x, x, x, Mask.full(8), dropout_p=0.1, alibi_slopes=torch.ones(2)).backend == "blockwise"

@@ -57,17 +57,24 @@ def gradients(function, inputs, *rest):
     return torch.autograd.grad(function(*inputs, *rest), inputs)
 
 
-def operator_inputs(with_sink: bool, dtype: torch.dtype) -> tuple[list, list]:
-    """Arguments of the forward and of the backward operator."""
+def operator_inputs(everything: bool, dtype: torch.dtype) -> tuple[list, list]:
+    """Arguments of the forward and of the backward operator; ``everything``: with a sink, dlse, dropout and ALiBi."""
     q, k, v, sink = (x.detach() for x in leaves(dtype=dtype))
-    rows = sink.logsumexp(0).to(ops.stats_dtype(dtype)).expand(1, 30, 4).clone() if with_sink else None
+    rows = sink.logsumexp(0).to(ops.stats_dtype(dtype)).expand(1, 30, 4).clone() if everything else None
     tensors = [x[None].contiguous().requires_grad_() for x in (q, k, v)]
+    modifiers, dropout_p = [None, None, None], 0.0
+    if everything:
+        num_bands = len(MASK.table)
+        slopes, diagonals = torch.rand(1, num_bands, 4), torch.zeros(num_bands, dtype=torch.int32)
+        modifiers, dropout_p = [torch.tensor([5, 7]), slopes, diagonals], 0.25
     forward = [
         *tensors,
         None if rows is None else rows.requires_grad_(),
         MASK.table,
+        *modifiers,
         0.25,
         1.5,
+        dropout_p,
         True,
         False,
         0,
@@ -75,27 +82,28 @@ def operator_inputs(with_sink: bool, dtype: torch.dtype) -> tuple[list, list]:
     ]
     out, lse, _ = (x.detach() for x in ops.forward(*forward))
     saved = [None if x is None else x.detach() for x in forward[:4]]
-    dlse = torch.randn_like(lse) if with_sink else None
-    backward = [torch.randn_like(out), dlse, *saved, out, lse, MASK.table, 0.25, 1.5, False, 0, "blockwise"]
+    dlse = torch.randn_like(lse) if everything else None
+    backward = [torch.randn_like(out), dlse, *saved, out, lse, MASK.table, *modifiers, 0.25, 1.5, dropout_p]
+    backward += [False, 0, "blockwise"]
     return forward, backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize(
     "utility", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
 )
-def test_operators_pass_opcheck(with_sink, dtype, utility):
-    forward, backward = operator_inputs(with_sink, dtype)
+def test_operators_pass_opcheck(everything, dtype, utility):
+    forward, backward = operator_inputs(everything, dtype)
     torch.library.opcheck(torch.ops.magi_attention.forward.default, tuple(forward), test_utils=utility)
     torch.library.opcheck(torch.ops.magi_attention.backward.default, tuple(backward), test_utils=utility)
 
 
-@pytest.mark.parametrize("with_sink", [False, True])
-def test_traced_shapes_dtypes_and_strides_are_the_real_ones(with_sink):
+@pytest.mark.parametrize("everything", [False, True])
+def test_traced_shapes_dtypes_and_strides_are_the_real_ones(everything):
     for operator, arguments in zip(
         (torch.ops.magi_attention.forward.default, torch.ops.magi_attention.backward.default),
-        operator_inputs(with_sink, torch.bfloat16),
+        operator_inputs(everything, torch.bfloat16),
         strict=True,
     ):
         real = operator(*arguments)

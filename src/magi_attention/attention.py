@@ -11,7 +11,7 @@ from magi_attention.errors import check_count, check_number, check_tensor, check
 from magi_attention.kernels import ops
 from magi_attention.kernels.problem import stats_dtype
 from magi_attention.kernels.reference.dense import safe_logsumexp
-from magi_attention.kernels.select import backend_for, check_backend
+from magi_attention.kernels.select import backend_for, check_backend, modifiers_of
 from magi_attention.mask.bands import INF
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,6 +40,7 @@ def attention(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     return_max_logits: bool = False,
     deterministic: bool = False,
@@ -61,8 +62,17 @@ def attention(
             (B, T, s_sink, H). Computed in fp32.
         softmax_scale: D ** -0.5 when None.
         softcap: 0 is off.
-        dropout_p, alibi_slopes: not available yet; anything but the default raises.
-        return_max_logits: fill ``meta.max_logits`` (H,) fp32: the largest (capped) logit each head saw, -inf if none.
+        dropout_p: probability, below 1, with which a weight becomes 0; the others are divided by ``1 - dropout_p``.
+            lse does not change. The backward drops the same weights. Not in the Hopper kernels.
+        rng_state: int64 (2,), seed and offset of the dropout, on q's device: which weights are dropped is a function
+            of it and of batch entry, head, row and column alone, the same on every backend. None draws one from the
+            device's default generator, so that ``torch.manual_seed`` repeats the call.
+        alibi_slopes: fp32, (H,), or (n, H), one row a band, and with a batch axis (B, H) instead: adds
+            ``-slope * |j - i - (k1 - q1)|`` to the (capped) score of a pair in the band (q0, q1, k0, k1, lo, hi),
+            the distance from the diagonal that ends in the band's lower right corner (Press et al. 2021). Not
+            differentiable; not in the Hopper kernels.
+        return_max_logits: fill ``meta.max_logits`` (H,) fp32: the largest (capped) logit each head saw, biases
+            included, -inf if none.
         deterministic: the same gradient bits every time (out and lse always are). The Hopper backward sums dq in the
             order of arrival; with this, the portable backward runs in its place.
         sm_margin: streaming multiprocessors that the Hopper kernels leave free for communication; the other kernels
@@ -77,11 +87,20 @@ def attention(
         TypeError, ValueError: arguments that do not fit together. NotImplementedError: a feature or a named backend
             that cannot run this call; the message says why.
     """
-    _check_scalars(softcap, sm_margin, dropout_p, alibi_slopes)
-    operands = _operands(q, k, v, mask, sink, softmax_scale, backend)
+    _check_scalars(softcap, sm_margin)
+    modifiers = _modifiers(dropout_p, alibi_slopes)
+    q, k, v, sink, bands, scale = _operands(q, k, v, mask, sink, softmax_scale, backend, modifiers)
     out, lse, max_logits = ops.forward(
-        *operands,
+        q,
+        k,
+        v,
+        sink,
+        bands,
+        _rng_state(dropout_p, rng_state, q),
+        *alibi_operands(alibi_slopes, mask, q),
+        scale,
         float(softcap),
+        float(dropout_p),
         return_max_logits,
         bool(deterministic),
         int(sm_margin),
@@ -151,6 +170,7 @@ def _operands(
     sink: torch.Tensor | None,
     softmax_scale: float | None,
     backend: str | None,
+    modifiers: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
     """Checked: q, k, v, sink (B, T, H), bands and a scale that is not negative."""
     _check_tensors(q, k, v)
@@ -164,7 +184,7 @@ def _operands(
         check_backend(backend)
         # The operator asks again; while traced, nothing may look at the device.
         if not torch.compiler.is_compiling():
-            backend_for(q, v, backend)
+            backend_for(q, v, backend, modifiers)
     return q, k, v, _sink_of(sink, q), mask.table, scale
 
 
@@ -237,14 +257,47 @@ def _check_mask(mask: BandMask, q: torch.Tensor, k: torch.Tensor) -> None:
         raise ValueError(complaint("tokens", f"fewer than {INF // 2}", max(num_rows, num_cols)))
 
 
-def _check_scalars(
-    softcap: float, sm_margin: int, dropout_p: float = 0.0, alibi_slopes: object = None
-) -> None:
+def _modifiers(dropout_p: float, alibi_slopes: object) -> str:
+    """What a backend must be able to do beside the rest."""
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(complaint("dropout_p", "0 <= dropout_p < 1", dropout_p))
+    return modifiers_of(dropout_p > 0, alibi_slopes is not None)
+
+
+def _rng_state(dropout_p: float, rng_state: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    if dropout_p == 0:
+        if rng_state is not None:
+            raise ValueError(complaint("rng_state", "None without dropout", "a tensor", "Set dropout_p."))
+        return None
+    if rng_state is None:
+        return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+    check_tensor("rng_state", rng_state, shape=(2,), dtypes=(torch.int64,), device=q.device)
+    return rng_state
+
+
+def alibi_operands(
+    slopes: torch.Tensor | None, mask: BandMask, q: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Slopes (B, n, H), expanded without a copy, and the diagonals of the n bands."""
+    if slopes is None:
+        return None, None
+    table = mask.table.to(q.device)
+    num_bands, num_heads, batched = len(table), q.shape[-2], q.dim() == 4
+    check_type("alibi_slopes", slopes, torch.Tensor)
+    shape = (num_heads,) if slopes.dim() == 1 else (q.shape[0] if batched else num_bands, num_heads)
+    check_tensor("alibi_slopes", slopes, shape=shape, dtypes=(torch.float32,), device=q.device)
+    if slopes.requires_grad and torch.is_grad_enabled():
+        remedy = "Detach them."
+        raise NotImplementedError(complaint("alibi_slopes", "no gradient", "requires_grad", remedy))
+    if slopes.dim() == 2:
+        slopes = slopes[:, None] if batched else slopes[None]
+    batch = q.shape[0] if batched else 1
+    return slopes.expand(batch, num_bands, num_heads), table[:, 3] - table[:, 1]
+
+
+def _check_scalars(softcap: float, sm_margin: int) -> None:
     check_number("softcap", softcap)
     if softcap < 0:
         raise ValueError(complaint("softcap", "0 (off) or a positive number", softcap))
     check_count("sm_margin", sm_margin)
-    if dropout_p != 0.0:
-        raise NotImplementedError(complaint("dropout_p", "0.0", dropout_p, "Dropout is not available."))
-    if alibi_slopes is not None:
-        raise NotImplementedError(complaint("alibi_slopes", "None", "slopes", "ALiBi is not available."))

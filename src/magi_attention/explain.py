@@ -10,7 +10,14 @@ import torch
 
 from magi_attention import env
 from magi_attention.errors import check_type
-from magi_attention.kernels.select import MAX_HEAD_DIM, Request, choose_backend, describe, request_of
+from magi_attention.kernels.select import (
+    MAX_HEAD_DIM,
+    Request,
+    choose_backend,
+    describe,
+    modifiers_of,
+    request_of,
+)
 from magi_attention.mask import DeviceMask, Mask
 from magi_attention.mask.bands import transpose
 from magi_attention.plan.tiles import build_plan, max_num_tiles, run_geometry
@@ -101,23 +108,30 @@ class Explanation:
 
 
 def explain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | DeviceMask, *, backend: str | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask | DeviceMask,
+    *,
+    dropout_p: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> Explanation:
-    """How ``attention(q, k, v, mask, backend=backend)`` would run, without running it.
+    """How ``attention`` of these arguments would run, without running it.
 
     Args:
         q: (T, H, D) or (B, T, H, D). k: (S, HK, D), v: (S, HK, DV), or with the batch axis. Only device,
             dtype, heads and head dimensions matter.
         mask: over T rows and S columns. A mask on a device is not waited for: its counts are upper bounds
             or None.
-        backend: as in ``attention``.
+        dropout_p, alibi_slopes, backend: as in ``attention``.
 
     Raises:
         TypeError: not a mask. ValueError, NotImplementedError: a named backend that does not exist or
             refuses.
     """
     check_type("mask", mask, (Mask, DeviceMask), "Build one with Mask.causal, ...")
-    request = request_of(q, v)
+    request = request_of(q, v, modifiers_of(dropout_p > 0, alibi_slopes is not None))
     name = choose_backend(request, backend)
     tiles = kernel_tiles(name, request, q.shape[-2] // k.shape[-2], mask.num_rows, mask.table.shape[0])
     work = tuple(_work(tile, mask) for tile in tiles)

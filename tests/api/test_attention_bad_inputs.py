@@ -56,14 +56,34 @@ VERB: dict[str, tuple[Callable, type[Exception], str]] = {
         r"k shape: expected \(1, S, HK, 16\)",
     ),
     "dropout": (
-        lambda q, k, v: attention(q, k, v, Mask.full(8, 10), dropout_p=0.1),
-        NotImplementedError,
-        "dropout_p: expected 0.0, got 0.1",
+        lambda q, k, v: attention(q, k, v, Mask.full(8, 10), dropout_p=1.0),
+        ValueError,
+        "dropout_p: expected 0 <= dropout_p < 1, got 1.0",
     ),
-    "alibi": (
-        lambda q, k, v: attention(q, k, v, Mask.full(8, 10), alibi_slopes=torch.ones(4)),
+    "state_without_dropout": (
+        lambda q, k, v: attention(q, k, v, Mask.full(8, 10), rng_state=torch.tensor([1, 2])),
+        ValueError,
+        "rng_state: expected None without dropout",
+    ),
+    "state": (
+        lambda q, k, v: attention(q, k, v, Mask.full(8, 10), dropout_p=0.1, rng_state=torch.ones(2)),
+        TypeError,
+        "rng_state dtype: expected torch.int64",
+    ),
+    "slopes_shape": (
+        lambda q, k, v: attention(q, k, v, Mask.full(8, 10), alibi_slopes=torch.ones(3)),
+        ValueError,
+        r"alibi_slopes shape: expected \(4\)",
+    ),
+    "slopes_of_bands": (
+        lambda q, k, v: attention(q, k, v, Mask.full(8, 10), alibi_slopes=torch.ones(2, 4)),
+        ValueError,
+        r"alibi_slopes shape: expected \(1, 4\)",
+    ),
+    "slopes_gradient": (
+        lambda q, k, v: attention(q, k, v, Mask.full(8, 10), alibi_slopes=torch.ones(4).requires_grad_()),
         NotImplementedError,
-        "alibi_slopes: expected None",
+        "alibi_slopes: expected no gradient",
     ),
     "softcap": (
         lambda q, k, v: attention(q, k, v, Mask.full(8, 10), softcap=-2.0),

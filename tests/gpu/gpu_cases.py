@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from magi_attention.kernels.select import refusal, request_of
+from magi_attention.kernels.select import modifiers_of, refusal, request_of
 from magi_attention.mask import INF, DeviceMask, Mask
 from magi_attention.testing import Case, assert_matches_oracle, random_case
 
@@ -46,7 +46,8 @@ def case_of(mask: Mask | DeviceMask, **settings) -> Case:
 
 def check(case: Case, backend: str, **settings) -> None:
     """``assert_matches_oracle``, where the backend takes the case."""
-    reason = refusal(backend, request_of(case.q, case.v))
+    modifiers = modifiers_of(case.dropout_p > 0, case.alibi_slopes is not None)
+    reason = refusal(backend, request_of(case.q, case.v, modifiers))
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     assert_matches_oracle(case, backend=backend, **settings)

@@ -119,3 +119,15 @@ def test_columns_in_parts(name, head_dim, backend):
     case = poisoned(case_of(MASKS[name], head_dim=head_dim, sink=torch.randn(2, 4, device=DEVICE)))
     result = compare_parts(case, [case.mask.num_cols // 3, case.mask.num_cols // 3 + 1], backend=backend)
     assert result.ok, result
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("modifiers", ["dropout", "alibi", "both"])
+@pytest.mark.parametrize("name", ["documents", "window", "rows and keys in no band"])
+def test_dropout_and_alibi(name, modifiers, dtype, backend):
+    case = case_of(MASKS[name], dtype=dtype, sink=torch.randn(2, 4, device=DEVICE))
+    if modifiers != "alibi":
+        case = replace(case, dropout_p=0.2, rng_state=torch.tensor([2**40 + 5, -9], device=DEVICE))
+    if modifiers != "dropout":
+        case = replace(case, alibi_slopes=torch.rand(len(case.mask.table), 4, device=DEVICE))
+    check(poisoned(case), backend)

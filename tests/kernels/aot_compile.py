@@ -18,8 +18,8 @@ from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq
 from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.plan.tiling import choose_tiles
 
-STATISTICS = {"LSE", "LSE2", "DELTA", "MAX_LOGITS", "SINK", "DSINK", "DLSE"}
-TABLES = {"TILES", "BAND_LIST", "BANDS"}
+STATISTICS = {"LSE", "LSE2", "DELTA", "MAX_LOGITS", "SINK", "DSINK", "DLSE", "SLOPES"}
+TABLES = {"TILES", "BAND_LIST", "BANDS", "DIAGONALS", "DQ_STATE"}
 
 
 def signature(kernel: Any, constants: dict[str, Any], element: str) -> dict[str, str]:
@@ -33,6 +33,8 @@ def signature(kernel: Any, constants: dict[str, Any], element: str) -> dict[str,
             types[name] = parameter.annotation_type
         elif name in STATISTICS:
             types[name] = "*fp32"
+        elif name == "RNG_STATE":
+            types[name] = "*i64"
         elif name in TABLES:
             types[name] = "*i32"
         elif name.endswith("_DESC"):
@@ -85,7 +87,11 @@ def variants() -> dict[str, dict[str, int]]:
                 rows, cols = cols, rows
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
             blocks = {"BLOCK_M": rows, "BLOCK_N": cols, "ROWS_TMA": tile.rows_in_registers}
-            found[f"{name} {head_dim}"] = figures(kernel, {**common, **blocks}, options)
+            for feature in ("", " DROPOUT", " ALIBI"):
+                chosen = {"DROPOUT": feature == " DROPOUT", "ALIBI": feature == " ALIBI"}
+                found[f"{name} {head_dim}{feature}"] = figures(
+                    kernel, {**common, **blocks, **chosen}, options
+                )
         flags = {"HAS_SINK": True, "HAS_DLSE": True, "TILE": 0}
         delta = {**shape, **flags, "PACK": 1, "BLOCK_M": 64}
         found[f"delta {head_dim}"] = figures(delta_kernel, delta, {"num_warps": 4})

@@ -2,28 +2,31 @@
 
 Schemas, shapes for tracing and gradients live here; importing this module imports neither Triton nor a kernel.
 Shapes: q (B, T, H, D), k (B, S, HK, D), v (B, S, HK, DV), sink (B, T, H) fp32 (one logit a row and head), bands (n, 6)
-int32 on the CPU or on q's device, backend a name or "" for the automatic choice, out (B, T, H, DV), lse (B, T, H),
-max_logits (H,).
+int32 on the CPU or on q's device, rng_state (2,) int64 (with dropout_p > 0), slopes (B, n, H) fp32 and diagonals (n,)
+int32 (``Alibi``), backend a name or "" for the automatic choice, out (B, T, H, DV), lse (B, T, H), max_logits (H,).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from magi_attention.kernels.problem import Problem, stats_dtype
-from magi_attention.kernels.select import backend_for
+from magi_attention.kernels.problem import Alibi, Problem, stats_dtype
+from magi_attention.kernels.select import backend_for, modifiers_of
 
 _FORWARD = (
-    "forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, float softmax_scale, float softcap, "
-    "bool need_max_logits, bool deterministic, int sm_margin, str backend) -> (Tensor out, Tensor lse, Tensor max_logits)"
+    "forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor bands, Tensor? rng_state, Tensor? slopes, "
+    "Tensor? diagonals, float softmax_scale, float softcap, float dropout_p, bool need_max_logits, bool deterministic, "
+    "int sm_margin, str backend) -> (Tensor out, Tensor lse, Tensor max_logits)"
 )
 _BACKWARD = (
     "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor out, Tensor lse, "
-    "Tensor bands, float softmax_scale, float softcap, bool deterministic, int sm_margin, str backend) "
+    "Tensor bands, Tensor? rng_state, Tensor? slopes, Tensor? diagonals, float softmax_scale, float softcap, "
+    "float dropout_p, bool deterministic, int sm_margin, str backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
 )
 _ACCUMULATE = (
@@ -56,8 +59,9 @@ def _module(backend: str) -> Any:
     return blockwise
 
 
-def _implementation(backend: str, q: torch.Tensor, v: torch.Tensor) -> Any:
-    return _module(backend_for(q, v, backend or None))
+def _implementation(problem: Problem, backend: str) -> Any:
+    modifiers = modifiers_of(problem.rng_state is not None, problem.alibi is not None)
+    return _module(backend_for(problem.q, problem.v, backend or None, modifiers))
 
 
 _HERE = contextlib.nullcontext()
@@ -76,23 +80,29 @@ def _run(
     """A backend's (out, lse, max_logits), as schemas promise them: max_logits even where nobody asked for it."""
     q = problem.q
     with _device_of(q):
-        out, lse, max_logits = _implementation(backend, q, problem.v).forward(problem, need_max_logits)
+        out, lse, max_logits = _implementation(problem, backend).forward(problem, need_max_logits)
     return out, lse, lse.new_empty(q.shape[2]) if max_logits is None else max_logits
 
 
-def _forward(  # type: ignore[no-untyped-def]
-    q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
-):
-    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
-    return _run(problem, need_max_logits, backend)
+def _problem(given, deterministic, sm_margin):  # type: ignore[no-untyped-def]
+    """From an operator's tensors and its first three scalars."""
+    q, k, v, sink, bands, rng_state, slopes, diagonals, softmax_scale, softcap, dropout_p = given
+    alibi = None if slopes is None else Alibi(slopes, diagonals)
+    return Problem(
+        q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin, None, dropout_p, rng_state, alibi
+    )  # fmt: skip
 
 
-def _backward(  # type: ignore[no-untyped-def]
-    dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, deterministic, sm_margin, backend
-):
-    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
+def _forward(*inputs):  # type: ignore[no-untyped-def]
+    *given, need_max_logits, deterministic, sm_margin, backend = inputs
+    return _run(_problem(given, deterministic, sm_margin), need_max_logits, backend)
+
+
+def _backward(dout, dlse, q, k, v, sink, out, lse, *others):  # type: ignore[no-untyped-def]
+    *given, deterministic, sm_margin, backend = others
+    problem = _problem((q, k, v, sink, *given), deterministic, sm_margin)
     with _device_of(q):
-        return _implementation(backend, q, v).backward(problem, out, lse, dout, dlse)
+        return _implementation(problem, backend).backward(problem, out, lse, dout, dlse)
 
 
 def _accumulate(  # type: ignore[no-untyped-def]
@@ -109,9 +119,7 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("magi_attention::forward", lib=_library)
-def _forward_shapes(  # type: ignore[no-untyped-def]
-    q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
-):
+def _forward_shapes(q, k, v, *others):  # type: ignore[no-untyped-def]
     batch, num_rows, num_heads, _ = q.shape
     stats = stats_dtype(q.dtype)
     out = q.new_empty(batch, num_rows, num_heads, v.shape[3])
@@ -119,9 +127,7 @@ def _forward_shapes(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("magi_attention::backward", lib=_library)
-def _backward_shapes(  # type: ignore[no-untyped-def]
-    dout, dlse, q, k, v, sink, out, lse, bands, softmax_scale, softcap, deterministic, sm_margin, backend
-):
+def _backward_shapes(dout, dlse, q, k, v, sink, out, lse, *others):  # type: ignore[no-untyped-def]
     dsink = lse.new_empty(lse.shape if sink is not None else (0,))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
 
@@ -134,32 +140,32 @@ def _accumulate_shapes(  # type: ignore[no-untyped-def]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, sink, bands, softmax_scale, softcap, _, deterministic, sm_margin, backend = inputs
+    *tensors, softmax_scale, softcap, dropout_p, _, deterministic, sm_margin, backend = inputs
     out, lse, max_logits = output
     if max_logits is not None:
         ctx.mark_non_differentiable(max_logits)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, sink, bands, out, lse)
-    ctx.scalars = (softmax_scale, softcap, deterministic, sm_margin, backend)
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.scalars = (softmax_scale, softcap, dropout_p, deterministic, sm_margin, backend)
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: None) -> tuple:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         raise NotImplementedError("attention: second derivatives are not available. Differentiate once.")
-    q, k, v, sink, bands, out, lse = ctx.saved_tensors
+    q, k, v, sink, *mask, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
     packed = q.dim() == 3
     if packed:
         dout, q, k, v, out, lse = (x[None] for x in (dout, q, k, v, out, lse))
         dlse = None if dlse is None else dlse[None]
-    arguments = (dout, dlse, q, k, v, sink, out, lse, bands)
+    arguments = (dout, dlse, q, k, v, sink, out, lse, *mask)
     direct = _nobody_listens() and _are_plain(*arguments)
     call = _backward if direct else torch.ops.magi_attention.backward.default
     dq, dk, dv, dsink = call(*arguments, *ctx.scalars)
     if packed:
         dq, dk, dv = dq[0], dk[0], dv[0]
-    return dq, dk, dv, (dsink if sink is not None else None), None, None, None, None, None, None, None
+    return dq, dk, dv, (dsink if sink is not None else None), *[None] * (len(mask) + len(ctx.scalars) + 1)
 
 
 torch.library.register_autograd(
@@ -176,6 +182,9 @@ def forward(
     v: torch.Tensor,
     sink: torch.Tensor | None,
     bands: torch.Tensor,
+    rng_state: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    diagonals: torch.Tensor | None,
     *scalars: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse, max_logits) of one backend; differentiable in q, k, v, sink through out and lse.
@@ -184,24 +193,24 @@ def forward(
     may be None where nobody asked for it.
     """
     # The way through the dispatcher takes longer than launching a kernel.
-    if _nobody_listens() and _are_plain(q, k, v, sink, bands):
+    others = (sink, bands, rng_state, slopes, diagonals)
+    if _nobody_listens() and _are_plain(q, k, v, *others):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink)):
-            return _Direct.apply(q, k, v, sink, bands, *scalars)
-        return _forward_directly(q, k, v, sink, bands, *scalars)
+            return _Direct.apply(q, k, v, *others, *scalars)
+        return _forward_directly(q, k, v, *others, *scalars)
     if q.dim() == 4:
-        return _operator(q, k, v, sink, bands, *scalars)
-    out, lse, max_logits = _operator(q[None], k[None], v[None], sink, bands, *scalars)
+        return _operator(q, k, v, *others, *scalars)
+    out, lse, max_logits = _operator(q[None], k[None], v[None], *others, *scalars)
     return out[0], lse[0], max_logits
 
 
-def _forward_directly(  # type: ignore[no-untyped-def]
-    q, k, v, sink, bands, softmax_scale, softcap, need_max_logits, deterministic, sm_margin, backend
-):
-    implementation = _implementation(backend, q, v)
+def _forward_directly(q, *inputs):  # type: ignore[no-untyped-def]
+    *given, need_max_logits, deterministic, sm_margin, backend = inputs
+    problem = _problem((q, *given), deterministic, sm_margin)
+    implementation = _implementation(problem, backend)
     needs_batch = q.dim() == 3 and not getattr(implementation, "FORWARD_TAKES_PACKED", False)
     if needs_batch:
-        q, k, v = q[None], k[None], v[None]
-    problem = Problem(q, k, v, sink, bands, softmax_scale, softcap, deterministic, sm_margin)
+        problem = replace(problem, q=q[None], k=problem.k[None], v=problem.v[None])
     with _device_of(q), torch._C._AutoDispatchBelowAutograd():  # as the operator calls a backend
         out, lse, max_logits = implementation.forward(problem, need_max_logits)
     return (out[0], lse[0], max_logits) if needs_batch else (out, lse, max_logits)

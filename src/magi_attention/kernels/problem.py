@@ -13,6 +13,18 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class Alibi:
+    """Linear biases: a pair that band n shows has ``-slope * |column - row - diagonal|`` added to its (capped) score.
+
+    Attributes:
+        slopes: fp32 (B, n, H), any strides. diagonals: int32 (n,), on the device of the slopes.
+    """
+
+    slopes: torch.Tensor
+    diagonals: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Problem:
     """Inputs of one attention call, as every backend takes them.
 
@@ -32,6 +44,9 @@ class Problem:
         earlier: None, or (out, lse) of the same rows over other columns, contiguous, (B, T, H, DV) and (B, T, H) in the
             stats dtype: ``forward`` merges its result into them, in place, and returns them. Where lse is -inf there
             is no earlier result, and out may hold anything.
+        dropout_p: probability with which a weight is set to 0; the others are divided by 1 - dropout_p. 0 is off.
+        rng_state: int64 (2,) on q's device, seed and offset of the dropout; or None.
+        alibi: or None.
     """
 
     q: torch.Tensor
@@ -44,6 +59,9 @@ class Problem:
     deterministic: bool = False
     sm_margin: int = 0
     earlier: tuple[torch.Tensor, torch.Tensor] | None = None
+    dropout_p: float = 0.0
+    rng_state: torch.Tensor | None = None
+    alibi: Alibi | None = None
 
     @property
     def stats_dtype(self) -> torch.dtype:

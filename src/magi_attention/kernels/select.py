@@ -35,16 +35,25 @@ class Request:
     head_dim: int
     head_dim_v: int
     capability: tuple[int, int] | None = None
+    modifiers: str = ""
+    """What changes scores or weights, from ``modifiers_of``."""
 
 
-def request_of(q: torch.Tensor, v: torch.Tensor) -> Request:
+def modifiers_of(dropout: bool, alibi: bool) -> str:
+    """``Request.modifiers`` of a call with these."""
+    return " and ".join(name for name, is_wanted in (("dropout", dropout), ("ALiBi", alibi)) if is_wanted)
+
+
+def request_of(q: torch.Tensor, v: torch.Tensor, modifiers: str = "") -> Request:
     """The request that these tensors make."""
-    return _request(q.device, q.dtype, q.shape[-1], v.shape[-1])
+    return _request(q.device, q.dtype, q.shape[-1], v.shape[-1], modifiers)
 
 
-def _request(device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> Request:
+def _request(
+    device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int, modifiers: str
+) -> Request:
     capability = _capability(device.index) if device.type == "cuda" and torch.version.cuda else None
-    return Request(device.type, dtype, head_dim, head_dim_v, capability)
+    return Request(device.type, dtype, head_dim, head_dim_v, capability, modifiers)
 
 
 @functools.cache
@@ -72,6 +81,8 @@ def _hopper_refusal(request: Request) -> str | None:
         return f"head dimensions {request.head_dim} of q, k and {request.head_dim_v} of v differ"
     if request.head_dim > MAX_HEAD_DIM or request.head_dim % 8:
         return f"head dimension {request.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
+    if request.modifiers:
+        return f"it has no {request.modifiers}"
     return None
 
 
@@ -135,20 +146,20 @@ def choose_backend(request: Request, name: str | None = None) -> str:
     return "blockwise"
 
 
-def backend_for(q: torch.Tensor, v: torch.Tensor, name: str | None = None) -> str:
-    """``choose_backend(request_of(q, v), name)``, at a fraction of the cost for tensors on a GPU."""
+def backend_for(q: torch.Tensor, v: torch.Tensor, name: str | None = None, modifiers: str = "") -> str:
+    """``choose_backend(request_of(q, v, modifiers), name)``, at a fraction of the cost for tensors on a GPU."""
     name = name or env.backend_override()
     if q.is_cuda:
-        return _backend_on_gpu(q.device, q.dtype, q.shape[-1], v.shape[-1], name)
-    return choose_backend(request_of(q, v), name)
+        return _backend_on_gpu(q.device, q.dtype, q.shape[-1], v.shape[-1], name, modifiers)
+    return choose_backend(request_of(q, v, modifiers), name)
 
 
 @functools.lru_cache(maxsize=256)
 def _backend_on_gpu(
-    device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int, name: str | None
+    device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int, name: str | None, modifiers: str
 ) -> str:
     # Unlike on the CPU, where TRITON_INTERPRET matters, nothing else can change the answer.
-    return choose_backend(_request(device, dtype, head_dim, head_dim_v), name)
+    return choose_backend(_request(device, dtype, head_dim, head_dim_v, modifiers), name)
 
 
 def describe(request: Request) -> str:

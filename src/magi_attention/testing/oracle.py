@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from magi_attention.attention import BandMask, accumulate, attention
+from magi_attention.attention import BandMask, accumulate, alibi_operands, attention
+from magi_attention.kernels.problem import Alibi
 from magi_attention.kernels.reference.dense import dense_attention, multiplicity
+from magi_attention.kernels.reference.modifiers import row_keys
 from magi_attention.mask import Mask
 from magi_attention.mask.bands import K0, K1
 from magi_attention.testing.tolerance import Comparison, figure
@@ -26,7 +28,8 @@ class Case:
     """Arguments of one call of ``attention`` and the gradients that come back.
 
     Attributes:
-        q, k, v, mask, sink, softmax_scale, softcap: as in ``attention``.
+        q, k, v, mask, sink, softmax_scale, softcap, dropout_p, rng_state, alibi_slopes: as in ``attention``; with
+            dropout, rng_state must be given.
         dout: gradient of out, or None.
         dlse: gradient of lse, fp32 (fp64 for fp64 inputs), or None. Without dout and dlse only the forward is
             compared.
@@ -41,6 +44,19 @@ class Case:
     dlse: torch.Tensor | None = None
     softmax_scale: float | None = None
     softcap: float = 0.0
+    dropout_p: float = 0.0
+    rng_state: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+
+    @property
+    def modifiers(self) -> dict[str, Any]:
+        """What changes scores or weights, as ``attention`` takes it; what is off is left out, but for softcap."""
+        chosen: dict[str, Any] = {"softcap": self.softcap}
+        if self.dropout_p > 0:
+            chosen |= {"dropout_p": self.dropout_p, "rng_state": self.rng_state}
+        if self.alibi_slopes is not None:
+            chosen["alibi_slopes"] = self.alibi_slopes
+        return chosen
 
 
 def random_case(
@@ -183,8 +199,8 @@ def results(case: Case, backend: str | None = None, **settings: Any) -> dict[str
         case.mask,
         sink=leaves.get("dsink"),
         softmax_scale=case.softmax_scale,
-        softcap=case.softcap,
         backend=backend,
+        **case.modifiers,
         **settings,
     )
     assert meta.lse is not None
@@ -198,7 +214,7 @@ def assert_matches_oracle(
     result = compare(case, backend=backend, rows=rows, deterministic=deterministic)
     if not result.ok:
         shapes = f"q {tuple(case.q.shape)}, k {tuple(case.k.shape)}, v {tuple(case.v.shape)}, {case.q.dtype}"
-        settings = f"scale {case.softmax_scale}, softcap {case.softcap}, backend {backend}"
+        settings = f"scale {case.softmax_scale}, {case.modifiers}, backend {backend}"
         raise AssertionError(f"attention against fp64: {shapes}, {settings}\n{case.mask!r}\n{result}")
     return result
 
@@ -209,11 +225,18 @@ def _by_formula(case: Case, dtype: torch.dtype | None) -> dict[str, torch.Tensor
     assert q is not None and k is not None and v is not None
     batched = q.dim() == 4
     settings: dict[str, Any] = {"softmax_scale": case.softmax_scale, "softcap": case.softcap, "dtype": dtype}
+    slopes, diagonals = alibi_operands(case.alibi_slopes, case.mask, q)
+    alibi = None if slopes is None or diagonals is None else Alibi(slopes, diagonals)
     parts = []
     for b in range(q.shape[0] if batched else 1):
         q_THD, k_SKD, v_SKV = (x[b] if batched else x for x in (q, k, v))
         own = sink[b] if sink is not None and sink.dim() == 4 else sink
-        parts.append(dense_attention(q_THD, k_SKD, v_SKV, case.mask.table, own, **settings))
+        dropout = None
+        if case.rng_state is not None:
+            rows = torch.arange(q_THD.shape[0], device=q.device)
+            dropout = case.dropout_p, row_keys(case.rng_state, b, q_THD.shape[1], rows)
+        modifiers: dict[str, Any] = {"dropout": dropout, "alibi": alibi, "batch": b}
+        parts.append(dense_attention(q_THD, k_SKD, v_SKV, case.mask.table, own, **settings, **modifiers))
     outs, lses, tops = ([part[n] for part in parts] for n in range(3))
     out, lse = (torch.stack(xs) if batched else xs[0] for xs in (outs, lses))
     return _with_gradients(case, leaves, out, lse, torch.stack(tops).amax(dim=0))
@@ -271,6 +294,8 @@ def _restricted(case: Case, rows: Sequence[int]) -> Case:
     at = torch.as_tensor(rows, device=case.q.device)
     index = np.asarray(rows, dtype=np.int64)
     whole = Mask(case.mask.table.cpu().numpy(), case.mask.num_rows, case.mask.num_cols)
+    if case.rng_state is not None or case.alibi_slopes is not None:
+        raise NotImplementedError("rows: dropout and ALiBi depend on row and band numbers. Compare all rows.")
     strip = whole.localise(np.stack([index, index + 1], axis=1), [(0, whole.num_cols)]).canonical()
     begin, end = (
         (int(strip.bands[:, K0].min()), int(strip.bands[:, K1].max())) if len(strip.bands) else (0, 0)
@@ -309,7 +334,9 @@ def _units(case: Case, exact: dict[str, torch.Tensor]) -> dict[str, float]:
     q, k, v, dout = (largest(x) for x in (case.q, case.k, case.v, case.dout))
     # A weight is the exponential of a logit: its relative error is the logit's absolute one.
     products = scale * q * k * case.q.shape[-1] ** 0.5
-    logits = max(1.0, products, largest(exact["lse"], exact["max_logits"], case.sink))
+    distance = case.mask.num_rows + case.mask.num_cols
+    biases = 0.0 if case.alibi_slopes is None else distance * largest(case.alibi_slopes)
+    logits = max(1.0, products, biases, largest(exact["lse"], exact["max_logits"], case.sink))
     slope = logits * (dout * v * case.v.shape[-1] ** 0.5 + largest(case.dlse))
     queries = max(case.q.shape[-3] * case.q.shape[-2] // max(case.k.shape[-2], 1), 1) ** 0.5
     return {

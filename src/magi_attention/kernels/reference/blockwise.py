@@ -18,7 +18,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from magi_attention.kernels.problem import Problem
+from magi_attention.kernels.problem import Alibi, Problem
+from magi_attention.kernels.reference.modifiers import alibi_bias, kept, row_keys
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import run_geometry
 
@@ -34,6 +35,7 @@ _HIDDEN = -1e30
 class _Chunk:
     """Columns [begin, end) of one run; [0, left) and [right, end - begin) are partial: there the diagonals cut."""
 
+    band: int
     begin: int
     end: int
     left: int
@@ -74,19 +76,25 @@ def _tiles(problem: Problem) -> Iterator[_Tile]:
         seen = table[band_list[begin : begin + count]]
         runs = run_geometry(np.full(count, row_begin), np.full(count, row_end), seen, 1)
         chunks: list[_Chunk] = []
-        for first, last, _, full_begin, full_end, band in zip(*(r.tolist() for r in runs), seen, strict=True):
-            chunks += _cut(first, last, first + full_begin, first + full_end, int(band[4]), int(band[5]))
+        numbers = band_list[begin : begin + count].tolist()
+        for number, (first, last, _, full_begin, full_end) in zip(
+            numbers, zip(*(r.tolist() for r in runs), strict=True), strict=True
+        ):
+            _, _, _, _, lo, hi = table[number].tolist()
+            chunks += _cut(number, first, last, first + full_begin, first + full_end, lo, hi)
         yield _Tile(int(row_begin), int(row_end), chunks)
 
 
-def _cut(first: int, last: int, full_begin: int, full_end: int, lo: int, hi: int) -> Iterator[_Chunk]:
+def _cut(
+    band: int, first: int, last: int, full_begin: int, full_end: int, lo: int, hi: int
+) -> Iterator[_Chunk]:
     """A run in chunks of nearly equal width; columns [full_begin, full_end) need no mask."""
     pieces = -(-(last - first) // _CHUNK_COLS)
     edges = [first + (last - first) * n // pieces for n in range(pieces + 1)]
     for begin, end in pairwise(edges):
         left = min(max(full_begin, begin), end) - begin
         right = min(max(full_end, begin + left), end) - begin
-        yield _Chunk(begin, end, left, right, lo, hi)
+        yield _Chunk(band, begin, end, left, right, lo, hi)
 
 
 def _fold(x: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
@@ -128,7 +136,7 @@ class _Room:
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, max_logits) of one call."""
-    q, k, v, softcap, work = problem.q, problem.k, problem.v, problem.softcap, problem.stats_dtype
+    q, k, v, work = problem.q, problem.k, problem.v, problem.stats_dtype
     batch, num_rows, num_heads, _ = q.shape
     num_kv_heads, group = k.shape[2], num_heads // k.shape[2]
     out = q.new_zeros(
@@ -144,7 +152,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
             height = tile.row_end - tile.row_begin
             q_KRD = _fold(q[b, rows], num_kv_heads, work) * problem.softmax_scale
             for heads, q_heads in _head_steps(num_kv_heads, group, q_KRD.shape[1]):
-                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, softcap, rooms)
+                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem, b, q_heads, rooms)
                 tile_out, tile_lse, top = _attend(scores, v_KSV[heads])
                 out[b, rows, q_heads] = _unfold(tile_out, height).to(out.dtype)
                 lse[b, rows, q_heads] = _unfold(tile_lse, height)[:, :, 0]
@@ -160,15 +168,18 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
 
 @dataclass(frozen=True)
 class _Scores:
-    """Capped scores of one tile of scaled queries ``q`` (K, R, D) with keys ``k`` (K, S, D), a chunk at a time.
+    """Scores of one tile of scaled queries ``q`` (K, R, D) with keys ``k`` (K, S, D), a chunk at a time.
 
-    Two rooms: one for the scores, one for what is made from them.
+    ``heads`` are the query heads of batch entry ``batch`` that ``q`` holds. Two rooms: one for the scores, one for what
+    is made from them.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     tile: _Tile
-    softcap: float
+    problem: Problem
+    batch: int
+    heads: slice
     rooms: tuple[_Room, _Room]
 
     def empty(self, room: int, chunk: _Chunk) -> torch.Tensor:
@@ -177,12 +188,43 @@ class _Scores:
 
     def of(self, chunk: _Chunk) -> torch.Tensor:
         """(K, R, C), invisible pairs at ``_HIDDEN``."""
+        return self.biased(self.capped(chunk), chunk)
+
+    def capped(self, chunk: _Chunk) -> torch.Tensor:
+        """(K, R, C) of all pairs, without biases."""
+        softcap = self.problem.softcap
         k_KDC = self.k[:, chunk.begin : chunk.end].transpose(1, 2)
         scores = torch.bmm(self.q, k_KDC, out=self.empty(0, chunk))
-        if self.softcap > 0:
-            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if softcap > 0:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        return scores
+
+    def biased(self, scores: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+        """Linear biases added to capped scores, invisible pairs at ``_HIDDEN``; in place."""
+        alibi = self.problem.alibi
+        if alibi is not None:
+            rows, cols = self.pairs(chunk)
+            slopes = Alibi(alibi.slopes[..., self.heads], alibi.diagonals)
+            bias = alibi_bias(slopes, self.batch, chunk.band, rows, cols, scores.dtype)
+            scores.view(-1, len(rows), len(cols)).add_(bias)
         chunk.hide(scores, self.tile.row_begin, self.tile.row_end - self.tile.row_begin)
         return scores
+
+    def pairs(self, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the tile and columns of the chunk."""
+        device = self.q.device
+        rows = torch.arange(self.tile.row_begin, self.tile.row_end, device=device)
+        return rows, torch.arange(chunk.begin, chunk.end, device=device)
+
+    def dropped(self, x: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+        """``x`` (K, R, C) under dropout; ``x`` itself without."""
+        rng_state, probability = self.problem.rng_state, self.problem.dropout_p
+        if rng_state is None:
+            return x
+        rows, cols = self.pairs(chunk)
+        first, second = row_keys(rng_state, self.batch, self.problem.q.shape[2], rows)
+        keep = kept((first[self.heads], second[self.heads]), cols, probability)
+        return x.mul(keep.view(x.shape)).div_(1 - probability)
 
 
 def _attend(scores: _Scores, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -194,7 +236,8 @@ def _attend(scores: _Scores, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         weights = torch.softmax(s, dim=2, out=scores.empty(1, chunk))
         # The largest weight is exp(top - lse).
         lse = top - torch.log(weights.amax(dim=2, keepdim=True))
-        parts.append((torch.bmm(weights, v[:, chunk.begin : chunk.end]), lse, top))
+        seen = scores.dropped(weights, chunk)
+        parts.append((torch.bmm(seen, v[:, chunk.begin : chunk.end]), lse, top))
     out, lse, top = parts[0]
     for more_out, more_lse, more_top in parts[1:]:
         joint = torch.logaddexp(lse, more_lse)
@@ -224,7 +267,7 @@ def backward(
             # (do, -delta) . (v, 1) = do . v - delta, without a pass over the scores.
             dout_KRV = torch.cat([dout_KRV, -_fold(delta[b, rows, :, None], num_kv_heads, work)], dim=2)
             for heads, q_heads in _head_steps(num_kv_heads, group, q_KRD.shape[1]):
-                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem.softcap, rooms)
+                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem, b, q_heads, rooms)
                 dq_KRD = _tile_gradients(
                     scores, v_KSV[heads], dout_KRV[heads], lse_KR1[heads], dk_KSD[heads], dv_KSV[heads]
                 )
@@ -247,13 +290,20 @@ def _tile_gradients(
     ``dout`` carries -delta and ``v`` ones in a last column.
     """
     dq = torch.zeros_like(scores.q)
+    softcap, has_dropout = scores.problem.softcap, scores.problem.rng_state is not None
     for chunk in scores.tile.chunks:
         cols = slice(chunk.begin, chunk.end)
-        s = scores.of(chunk)
-        slope = 1 - (s / scores.softcap).square_() if scores.softcap > 0 else None
-        weights = s.sub_(lse).exp_()
-        dv[:, cols].baddbmm_(weights.transpose(1, 2), dout[:, :, :-1])
-        ds = torch.bmm(dout, v[:, cols].transpose(1, 2), out=scores.empty(1, chunk)).mul_(weights)
+        s = scores.capped(chunk)
+        slope = 1 - (s / softcap).square_() if softcap > 0 else None
+        weights = scores.biased(s, chunk).sub_(lse).exp_()
+        dv[:, cols].baddbmm_(scores.dropped(weights, chunk).transpose(1, 2), dout[:, :, :-1])
+        ds = scores.empty(1, chunk)
+        if has_dropout:
+            torch.bmm(dout[:, :, :-1], v[:, cols, :-1].transpose(1, 2), out=ds)
+            ds = scores.dropped(ds, chunk).add_(dout[:, :, -1:])
+        else:
+            torch.bmm(dout, v[:, cols].transpose(1, 2), out=ds)
+        ds.mul_(weights)
         if slope is not None:
             ds.mul_(slope.masked_fill_(weights == 0, 0.0))
         dq.baddbmm_(ds, scores.k[:, cols])

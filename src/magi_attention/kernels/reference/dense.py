@@ -1,16 +1,18 @@
 """The definition of the result, quadratic in memory: what every other kernel is compared with.
 
-    s_ij  = cap(scale * q_i . k_j),   cap(x) = softcap * tanh(x / softcap)   (identity when softcap == 0)
-    lse_i = log( sum_j m_ij exp(s_ij) + sum_t exp(z_it) )
-    o_i   = sum_j m_ij exp(s_ij - lse_i) v_j
+    s_ijb = cap(scale * q_i . k_j) - slope |j - i - d_b|,   cap(x) = softcap * tanh(x / softcap)   (or x)
+    lse_i = log( sum_jb exp(s_ijb) + sum_t exp(z_it) )
+    o_i   = sum_jb exp(s_ijb - lse_i) r_ij v_j
 
-with m_ij the number of bands through which row i sees column j, and z the sink logits.
+summed over the bands b through which row i sees column j, with z the sink logits and r the dropout: 0, or 1 / (1 - p).
 """
 
 from __future__ import annotations
 
 import torch
 
+from magi_attention.kernels.problem import Alibi
+from magi_attention.kernels.reference.modifiers import alibi_bias, kept
 from magi_attention.mask.bands import INF
 
 
@@ -36,6 +38,9 @@ def dense_attention(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     dtype: torch.dtype | None = torch.float64,
+    dropout: tuple[float, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    alibi: Alibi | None = None,
+    batch: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention by the formula above; differentiable by autograd.
 
@@ -47,6 +52,8 @@ def dense_attention(
         softcap: 0 switches the cap off.
         dtype: everything is computed in this dtype; None keeps the inputs' dtype and multiplies matrices in it, with
             the softmax in at least fp32: the plain low-precision formula of the tolerance rule.
+        dropout: None, or its probability and the ``row_keys`` of all rows.
+        alibi, batch: None, or linear biases and which batch entry's.
 
     Returns:
         out (T, H, DV), lse (T, H), max_logits (H,), all in the computing dtype (softmax dtype for the last two).
@@ -68,12 +75,17 @@ def dense_attention(
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     visible = (count > 0)[None]
-    max_logits = logits.masked_fill(~visible, -torch.inf).flatten(1)
+    # log of the sum over bands as a bias makes a doubly covered pair count twice.
+    bias = count.clamp(min=1).to(high).log()
+    largest = logits
+    if alibi is not None:
+        biases = _biases(alibi, batch, table, count, high)
+        bias, largest = biases.logsumexp(0).masked_fill(count == 0, 0.0), logits + biases.amax(0)
+    max_logits = largest.masked_fill(~visible, -torch.inf).flatten(1)
     max_logits = (
         max_logits.amax(dim=1) if max_logits.shape[1] else max_logits.new_full((num_heads,), -torch.inf)
     )
-    # log of the multiplicity as a bias makes a doubly covered pair count twice.
-    logits = (logits + count.clamp(min=1).to(high).log()).masked_fill(~visible, -torch.inf)
+    logits = (logits + bias).masked_fill(~visible, -torch.inf)
     if sink is not None:
         z = sink.to(high).movedim(-1, 0)
         z = z[:, None, :].expand(-1, num_rows, -1) if z.dim() == 2 else z
@@ -81,8 +93,27 @@ def dense_attention(
     lse = safe_logsumexp(logits)
     finite = torch.where(torch.isneginf(lse), 0.0, lse)
     weights = torch.exp(logits[:, :, : k.shape[0]] - finite[:, :, None]).to(work)
+    if dropout is not None:
+        probability, keys = dropout
+        cols = torch.arange(k.shape[0], device=q.device)
+        weights = weights * kept(keys, cols, probability) / (1 - probability)
     out = (weights @ v_HSV).transpose(0, 1)
     return out, lse.transpose(0, 1), max_logits.detach()
+
+
+def _biases(
+    alibi: Alibi, batch: int, table: torch.Tensor, count: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(n + 1, H, T, S): linear biases of each band, -inf where it does not show the pair; the last one shows nothing."""
+    rows, cols = (torch.arange(n, device=count.device) for n in count.shape)
+    biases = torch.full(
+        (len(table) + 1, alibi.slopes.shape[2], *count.shape), -torch.inf, dtype=dtype, device=count.device
+    )
+    for band in range(len(table)):
+        shown = multiplicity(table[band : band + 1], *count.shape).to(count.device) > 0
+        bias = alibi_bias(alibi, batch, band, rows, cols, dtype)
+        biases[band] = bias.masked_fill(~shown, -torch.inf)
+    return biases
 
 
 def safe_logsumexp(x: torch.Tensor, dim: int = -1) -> torch.Tensor:

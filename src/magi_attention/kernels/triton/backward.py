@@ -1,9 +1,11 @@
 """Backward in three kernels, each of which owns what it writes: no atomics, the same bits every time.
 
     delta_i = o_i . do_i - dlse_i                  p_ij  = exp(s_ij - lse_i)
-    dv_j    = sum_i p_ij do_i                      ds_ij = p_ij (do_i . v_j - delta_i) cap'(s_ij)
+    dv_j    = sum_i p_ij r_ij do_i                 ds_ij = p_ij (r_ij do_i . v_j - delta_i) cap'(s_ij)
     dq_i    = scale * sum_j ds_ij k_j              dk_j  = scale * sum_i ds_ij q_i
     dsink_i = -exp(z_i - lse_i) delta_i
+
+with r the dropout: 0, or 1 / (1 - p); s is with its linear bias, cap' of the score before it.
 
 ``dq`` walks the forward plan; ``dk``/``dv`` walk the plan of the transposed mask, where a tile owns keys and the columns
 are queries, and sum over the query heads of a group inside the program.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from magi_attention.kernels.triton.modifiers import biased, kept, row_keys, slope_of
 from magi_attention.kernels.triton.primitives import (
     LOG2E,
     RUNTIME_SIZES,
@@ -83,28 +86,41 @@ def delta_kernel(
 
 
 @triton.jit
-def _score_gradient(s, dp, lse2, delta, scale, softcap, seen, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(p, ds) from raw scores q.k and dp = do.v; ``lse2`` (log2 units) and ``delta`` already broadcast."""
+def _score_gradient(
+    s, dp, lse2, delta, scale, softcap, seen, rows, cols, key_a, key_b, kept_below, kept_scale, slope, diagonal,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """(weights that dv sees, ds) from raw scores q.k and dp = do.v.
+
+    ``lse2`` (log2 units), ``delta``, ``rows`` (queries), ``cols`` (keys) and the rows' keys are already broadcast.
+    """
     if SOFTCAP:
         capped = tanh(s * (scale / softcap))
-        p = tl.exp2(capped * (softcap * LOG2E) - lse2)
+        s = capped * (softcap * LOG2E)
     else:
-        p = tl.exp2(s * (scale * LOG2E) - lse2)
+        s = s * (scale * LOG2E)
+    p = tl.exp2(biased(s, rows, cols, slope, diagonal, ALIBI) - lse2)
     if MASKED:
         p = tl.where(seen, p, 0.0)
+    weights = p
+    if DROPOUT:
+        keep = kept(key_a, key_b, cols, kept_below)
+        weights = tl.where(keep, p * kept_scale, 0.0)
+        dp = tl.where(keep, dp * kept_scale, 0.0)
     ds = p * (dp - delta)
     if SOFTCAP:
         ds = ds * (1.0 - capped * capped)
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
-    return p, ds
+    return weights, ds
 
 
 @triton.jit
 def _accumulate_dq(
     dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
     first, last, lo, hi, begin, end, gap_begin, gap, scale, softcap,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    key_a, key_b, kept_below, kept_scale, slope, diagonal,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +142,10 @@ def _accumulate_dq(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         seen = visible(rows, cols, last, lo, hi)
-        _, ds = _score_gradient(s, dp, lse2[:, None], delta[:, None], scale, softcap, seen, MASKED, SOFTCAP)
+        _, ds = _score_gradient(
+            s, dp, lse2[:, None], delta[:, None], scale, softcap, seen, rows[:, None], cols[None, :],
+            key_a[:, None], key_b[:, None], kept_below, kept_scale, slope, diagonal, MASKED, SOFTCAP, DROPOUT, ALIBI,
+        )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -142,7 +161,9 @@ def dq_kernel(
     LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RNG_STATE, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr,
 ):  # fmt: skip
     entry, batch_head = program_of(TILES, num_tiles, num_heads, wave)
@@ -183,23 +204,30 @@ def dq_kernel(
     lse2 = tl.load(LSE2 + at, mask=live, other=float("inf"))
     delta = tl.load(DELTA + at, mask=live, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    key_a, key_b = row_keys(RNG_STATE, batch_head, rows, DROPOUT)
 
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     for item in range(list_begin, list_begin + list_count):
-        q0, q1, k0, k1, lo, hi = load_band(BANDS, tl.load(BAND_LIST + item))
+        band = tl.load(BAND_LIST + item)
+        q0, q1, k0, k1, lo, hi = load_band(BANDS, band)
+        slope, diagonal = slope_of(
+            SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, batch, band, head, ALIBI
+        )
         first, last, num_blocks, full_begin, full_end = run_of(
             row_begin, row_end, q0, q1, k0, k1, lo, hi, BLOCK_N
         )
         num_full = full_end - full_begin
         dq = _accumulate_dq(
             dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
-            first, last, lo, hi, full_begin, full_end, 0, 0, scale, softcap, False,
-            SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            first, last, lo, hi, full_begin, full_end, 0, 0, scale, softcap,
+            key_a, key_b, kept_below, kept_scale, slope, diagonal, False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_N,
+            BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
         dq = _accumulate_dq(
             dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
-            first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full, scale, softcap, True,
-            SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full, scale, softcap,
+            key_a, key_b, kept_below, kept_scale, slope, diagonal, True, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_N,
+            BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
     out = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), row_begin, stride_dt, BLOCK_M, dims)
     tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
@@ -209,13 +237,15 @@ def dq_kernel(
 def _accumulate_dkdv(
     dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
     batch, first_head, group, keys, first, last, lo, hi, begin, num_blocks, gap_begin, gap, scale, softcap,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    RNG_STATE, heads_before, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """A run of the transposed mask for all heads of a group: columns are queries, scores are (keys, queries).
 
-    One loop over heads and blocks keeps loads in flight from one head to the next.
+    One loop over heads and blocks keeps loads in flight from one head to the next. ``heads_before`` query heads belong
+    to the batch entries before.
     """
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
@@ -256,7 +286,14 @@ def _accumulate_dkdv(
         )
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         seen = visible(keys, cols, last, lo, hi)
-        p, ds = _score_gradient(s, dp, lse2[None, :], delta[None, :], scale, softcap, seen, MASKED, SOFTCAP)
+        key_a, key_b = row_keys(RNG_STATE, heads_before + head, cols, DROPOUT)
+        slope, diagonal = slope_of(
+            SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, batch, band, head, ALIBI
+        )
+        p, ds = _score_gradient(
+            s, dp, lse2[None, :], delta[None, :], scale, softcap, seen, cols[None, :], keys[:, None],
+            key_a[None, :], key_b[None, :], kept_below, kept_scale, slope, diagonal, MASKED, SOFTCAP, DROPOUT, ALIBI,
+        )  # fmt: skip
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -274,7 +311,9 @@ def dkdv_kernel(
     LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RNG_STATE, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """``num_heads`` counts batch * K/V heads, ``heads_per_batch`` K/V heads."""
@@ -299,10 +338,12 @@ def dkdv_kernel(
 
     Q += batch.to(tl.int64) * stride_qb * 8
     DOUT += batch.to(tl.int64) * stride_gb * 8
-    LSE2 += batch.to(tl.int64) * heads_per_batch * group * num_rows
-    DELTA += batch.to(tl.int64) * heads_per_batch * group * num_rows
+    heads_before = batch * heads_per_batch * group
+    LSE2 += heads_before.to(tl.int64) * num_rows
+    DELTA += heads_before.to(tl.int64) * num_rows
     for item in range(list_begin, list_begin + list_count):
-        q0, q1, k0, k1, lo, hi = load_band(BANDS, tl.load(BAND_LIST + item))
+        band = tl.load(BAND_LIST + item)
+        q0, q1, k0, k1, lo, hi = load_band(BANDS, band)
         first, last, num_blocks, full_begin, full_end = run_of(
             key_begin, key_end, q0, q1, k0, k1, lo, hi, BLOCK_M
         )
@@ -310,12 +351,15 @@ def dkdv_kernel(
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
             batch, kv_head * group, group, keys, first, last, lo, hi, full_begin, num_full, 0, 0, scale, softcap,
-            False, SOFTCAP, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            RNG_STATE, heads_before, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
+            False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
             batch, kv_head * group, group, keys, first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full,
-            scale, softcap, True, SOFTCAP, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            scale, softcap,
+            RNG_STATE, heads_before, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
+            True, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
     out = rows_at(head_of(DK, batch, kv_head, stride_dkb, stride_dkh), key_begin, stride_dkt, BLOCK_N, dims)
     tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from magi_attention.kernels.triton.modifiers import biased, kept, row_keys, slope_of
 from magi_attention.kernels.triton.primitives import (
     LN2,
     LOG2E,
@@ -27,8 +28,8 @@ from magi_attention.kernels.triton.primitives import (
 @triton.jit
 def _attend(
     acc, total, top, q, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, begin, end, gap_begin, gap,
-    scale, softcap,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    scale, softcap, key_a, key_b, kept_below, slope, diagonal,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,16 +46,17 @@ def _attend(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
             s = softcap * LOG2E * tanh(s * (scale / softcap))
+        elif MASKED or ALIBI:
+            s = s * (scale * LOG2E)
+        s = biased(s, rows[:, None], cols[None, :], slope, diagonal, ALIBI)
         if MASKED:
-            if not SOFTCAP:
-                s = s * (scale * LOG2E)
             s = tl.where(visible(rows, cols, last, lo, hi), s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
             p = tl.exp2(s - pivot[:, None])
             fade = tl.exp2(top - pivot)
         else:
-            if SOFTCAP:
+            if SOFTCAP or ALIBI:
                 new_top = tl.maximum(top, tl.max(s, 1))
                 p = tl.exp2(s - new_top[:, None])
             else:
@@ -62,6 +64,8 @@ def _attend(
                 p = tl.exp2(s * (scale * LOG2E) - new_top[:, None])
             fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(kept(key_a[:, None], key_b[:, None], cols[None, :], kept_below), p, 0.0)
         acc = acc * fade[:, None]
         v = load_rows(V, start, last - start, stride_vt, dims_v, MASKED, BLOCK_N, DV)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -80,11 +84,14 @@ def forward_kernel(
     MAX_LOGITS,  # fp32 (H,), starts at -inf
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
+    RNG_STATE, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     HAS_SINK: tl.constexpr, HAS_MAX: tl.constexpr, ACCUMULATE: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``num_heads`` counts batch * heads; ``group`` query heads share one K/V head; ``scale`` is not negative.
+    Dropout divides by ``1 - p``, which is multiplying by ``kept_scale``.
 
     Strides of Q, K, V and OUT are in units of 8 elements.
     """
@@ -104,21 +111,28 @@ def forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    key_a, key_b = row_keys(RNG_STATE, batch_head, rows, DROPOUT)
 
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     for at in range(list_begin, list_begin + list_count):
-        q0, q1, k0, k1, lo, hi = load_band(BANDS, tl.load(BAND_LIST + at))
+        band = tl.load(BAND_LIST + at)
+        q0, q1, k0, k1, lo, hi = load_band(BANDS, band)
+        slope, diagonal = slope_of(
+            SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, batch, band, head, ALIBI
+        )
         first, last, num_blocks, full_begin, full_end = run_of(
             row_begin, row_end, q0, q1, k0, k1, lo, hi, BLOCK_N
         )
         num_full = full_end - full_begin
         acc, total, top = _attend(
             acc, total, top, q, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, full_begin, full_end, 0, 0,
-            scale, softcap, False, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            scale, softcap, key_a, key_b, kept_below, slope, diagonal, False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_N,
+            BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         acc, total, top = _attend(
             acc, total, top, q, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, 0, num_blocks - num_full,
-            full_begin, num_full, scale, softcap, True, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            full_begin, num_full, scale, softcap, key_a, key_b, kept_below, slope, diagonal, True, SOFTCAP, DROPOUT,
+            ALIBI, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
 
     if HAS_MAX:
@@ -146,6 +160,8 @@ def forward_kernel(
         held = (share > 0)[:, None] & (dims_v < DV)[None, :]
         acc = acc * fade[:, None] + tl.load(out, mask=held, other=0.0) * share[:, None]
         top = new_top
+    if DROPOUT:
+        acc = acc * kept_scale
     seen = total > 0
     acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))

@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from magi_attention.kernels.operands import aligned, engine_strides, optional, strides, wave
 from magi_attention.kernels.problem import Problem
+from magi_attention.kernels.reference.modifiers import kept_below
 from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.plan.cache import PlanKey, plan_cache
@@ -36,8 +37,9 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         forward_kernel[grid](
             q, *strides(q), k, *strides(k), v, *strides(v), out, *strides(out),
             *optional(problem.sink, lse), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
+            *_modifiers(problem, lse),
             HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, ACCUMULATE=problem.earlier is not None,
-            SOFTCAP=problem.softcap > 0, D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
+            **_features(problem), D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_options(tile, q),
         )  # fmt: skip
     return out, lse, max_logits
@@ -48,7 +50,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
     q, k, v, dout = (aligned(x) for x in (problem.q, problem.k, problem.v, dout))
-    sink, scalars = problem.sink, (problem.softmax_scale, problem.softcap)
+    sink, scalars = problem.sink, (problem.softmax_scale, problem.softcap, *_modifiers(problem, lse))
     batch, num_rows, num_heads, head_dim = q.shape
     num_kv_heads, head_dim_v = k.shape[2], v.shape[3]
     group = num_heads // num_kv_heads
@@ -57,7 +59,7 @@ def backward(
     lse2, delta = lse.new_empty(batch, num_heads, num_rows), lse.new_empty(batch, num_heads, num_rows)
     tma = _has_copy_engine(q, k)
     padded = _padded(head_dim, head_dim_v)
-    shape = {"SOFTCAP": problem.softcap > 0, "D": head_dim, "DV": head_dim_v, "TMA": tma, **padded}
+    shape = {**_features(problem), "D": head_dim, "DV": head_dim_v, "TMA": tma, **padded}
     if num_rows and batch:
         delta_kernel[(triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)](
             out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
@@ -83,6 +85,24 @@ def backward(
             BLOCK_M=tile.block_cols, BLOCK_N=tile.block_rows, **shape, **_options(tile, q),
         )  # fmt: skip
     return dq, dk, dv, dsink
+
+
+def _features(problem: Problem) -> dict[str, bool]:
+    """What the kernels leave out when it is not asked for."""
+    return {
+        "SOFTCAP": problem.softcap > 0,
+        "DROPOUT": problem.rng_state is not None,
+        "ALIBI": problem.alibi is not None,
+    }
+
+
+def _modifiers(problem: Problem, stand_in: torch.Tensor) -> tuple:
+    """What kernels are told of dropout and ALiBi; ``stand_in`` for tensors that they do not read."""
+    rng_state = stand_in if problem.rng_state is None else problem.rng_state
+    dropout = (rng_state, kept_below(problem.dropout_p), 1.0 / (1.0 - problem.dropout_p))
+    if problem.alibi is None:
+        return (*dropout, stand_in, 0, 0, 0, stand_in)
+    return (*dropout, problem.alibi.slopes, *problem.alibi.slopes.stride(), problem.alibi.diagonals)
 
 
 def _plan(kernel: str, problem: Problem) -> tuple[TileConfig, TilePlan]:

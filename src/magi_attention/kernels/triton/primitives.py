@@ -10,12 +10,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 RUNTIME_SIZES = [
-    *("num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows"),
+    *("num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows", "kept_below"),
     *(
         f"stride_{tensor}{axis}"
         for tensor in ("q", "k", "v", "o", "g", "d", "dk", "dv", "s", "l")
         for axis in "bth"
     ),
+    *("stride_ab", "stride_an", "stride_ah"),
 ]
 """Arguments that kernels are not specialised on: lengths and masks change without a recompilation."""
 
