@@ -109,6 +109,67 @@ def attention(
     return out, AttnForwardMeta(lse, max_logits if return_max_logits else None)
 
 
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: BandMask,
+    *,
+    dlse: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``attention`` from an out and lse that are already there, which may be those of more columns.
+
+    Weights are ``exp(s_ij - lse_i)``, and ``delta_i = out_i . dout_i - dlse_i``: with the out and lse of all columns,
+    calls over parts of the columns give the parts' shares, as ring attention needs them. Without sinks, and not
+    differentiable.
+
+    Args:
+        dout: as out, the gradient. out: (T, H, DV) or (B, T, H, DV) in q's dtype.
+        lse, dlse: (T, H) or (B, T, H), fp32 (fp64 for fp64 inputs).
+        rng_state: needed with dropout. The others: as in ``attention``.
+
+    Returns:
+        dq, dk, dv, shaped as q, k, v.
+
+    Raises:
+        As ``attention``.
+    """
+    _check_scalars(softcap, sm_margin)
+    modifiers = _modifiers(dropout_p, alibi_slopes)
+    if dropout_p > 0 and rng_state is None:
+        raise ValueError(complaint("rng_state", "that of the forward", None, "Give it to both calls."))
+    negative = softmax_scale is not None and softmax_scale < 0
+    q, k, v, _, bands, scale = _operands(q, k, v, mask, None, softmax_scale, backend, modifiers)
+    shape, stats = (*q.shape[:-1], v.shape[-1]), stats_dtype(q.dtype)
+    check_tensor("out", out, shape=shape, dtypes=(q.dtype,), device=q.device)
+    check_tensor("dout", dout, shape=shape, dtypes=(q.dtype,), device=q.device)
+    check_tensor("lse", lse, shape=shape[:-1], dtypes=(stats,), device=q.device)
+    if dlse is not None:
+        check_tensor("dlse", dlse, shape=shape[:-1], dtypes=(stats,), device=q.device)
+    others = (_rng_state(dropout_p, rng_state, q), *alibi_operands(alibi_slopes, mask, q))
+    packed = q.dim() == 3
+    if packed:
+        dout, q, k, v, out, lse = (x[None] for x in (dout, q, k, v, out, lse))
+        dlse = None if dlse is None else dlse[None]
+    dq, dk, dv, _ = ops.backward(
+        dout, dlse, q, k, v, None, out, lse.contiguous(), bands, *others, scale, float(softcap), float(dropout_p),
+        bool(deterministic), int(sm_margin), backend or "",
+    )  # fmt: skip
+    dq = -dq if negative else dq
+    return (dq[0], dk[0], dv[0]) if packed else (dq, dk, dv)
+
+
 def accumulate(
     out: torch.Tensor,
     lse: torch.Tensor,

@@ -161,7 +161,7 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
         dlse = None if dlse is None else dlse[None]
     arguments = (dout, dlse, q, k, v, sink, out, lse, *mask)
     direct = _nobody_listens() and _are_plain(*arguments)
-    call = _backward if direct else torch.ops.magi_attention.backward.default
+    call = _backward if direct else backward
     dq, dk, dv, dsink = call(*arguments, *ctx.scalars)
     if packed:
         dq, dk, dv = dq[0], dk[0], dv[0]
@@ -250,6 +250,9 @@ def _are_plain(*tensors: torch.Tensor | None) -> bool:
         for x in tensors
     )
 
+
+backward = torch.ops.magi_attention.backward.default
+"""(dq, dk, dv, dsink) of a forward whose out and lse are given; not differentiable."""
 
 accumulate = torch.ops.magi_attention.accumulate.default
 """max_logits of further columns, whose result is merged into fp32 (out, lse) in place; not differentiable."""

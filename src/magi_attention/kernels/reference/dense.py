@@ -58,36 +58,17 @@ def dense_attention(
     Returns:
         out (T, H, DV), lse (T, H), max_logits (H,), all in the computing dtype (softmax dtype for the last two).
     """
-    num_rows, num_heads, head_dim = q.shape
-    group = num_heads // k.shape[1]
+    num_rows, num_heads, _ = q.shape
     work = q.dtype if dtype is None else dtype
-    high = torch.promote_types(work, torch.float32)
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     count = multiplicity(table, num_rows, k.shape[0]).to(q.device)
     # Keys that nobody sees may hold NaN: they must not enter a product, not even with weight zero.
     unseen = (count == 0).all(dim=0)[:, None, None]
-    k_HSD = k.to(work).masked_fill(unseen, 0).repeat_interleave(group, dim=1).transpose(0, 1)
-    v_HSV = v.to(work).masked_fill(unseen, 0).repeat_interleave(group, dim=1).transpose(0, 1)
-    blind = (count == 0).all(dim=1)[:, None, None]
-    q_HTD = q.to(work).masked_fill(blind, 0).transpose(0, 1)
-
-    logits = (q_HTD @ k_HSD.transpose(1, 2)).to(high) * scale
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-    visible = (count > 0)[None]
-    # log of the sum over bands as a bias makes a doubly covered pair count twice.
-    bias = count.clamp(min=1).to(high).log()
-    largest = logits
-    if alibi is not None:
-        biases = _biases(alibi, batch, table, count, high)
-        bias, largest = biases.logsumexp(0).masked_fill(count == 0, 0.0), logits + biases.amax(0)
-    max_logits = largest.masked_fill(~visible, -torch.inf).flatten(1)
-    max_logits = (
-        max_logits.amax(dim=1) if max_logits.shape[1] else max_logits.new_full((num_heads,), -torch.inf)
+    v_HSV = (
+        v.to(work).masked_fill(unseen, 0).repeat_interleave(num_heads // k.shape[1], dim=1).transpose(0, 1)
     )
-    logits = (logits + bias).masked_fill(~visible, -torch.inf)
+    logits, max_logits = dense_logits(q, k, table, count, softmax_scale, softcap, work, alibi, batch)
     if sink is not None:
-        z = sink.to(high).movedim(-1, 0)
+        z = sink.to(logits.dtype).movedim(-1, 0)
         z = z[:, None, :].expand(-1, num_rows, -1) if z.dim() == 2 else z
         logits = torch.cat([logits, z], dim=2)
     lse = safe_logsumexp(logits)
@@ -99,6 +80,44 @@ def dense_attention(
         weights = weights * kept(keys, cols, probability) / (1 - probability)
     out = (weights @ v_HSV).transpose(0, 1)
     return out, lse.transpose(0, 1), max_logits.detach()
+
+
+def dense_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    table: torch.Tensor,
+    count: torch.Tensor,
+    softmax_scale: float | None,
+    softcap: float,
+    dtype: torch.dtype,
+    alibi: Alibi | None = None,
+    batch: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Capped and biased scores (H, T, S), -inf where nothing is seen, and the largest of each head (H,).
+
+    ``count`` is the table's ``multiplicity``. A pair that several bands show has the log of their sum. In at least fp32.
+    """
+    num_heads, head_dim = q.shape[1:]
+    high = torch.promote_types(dtype, torch.float32)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    unseen, blind = (count == 0).all(dim=0), (count == 0).all(dim=1)
+    k_HSD = k.to(dtype).masked_fill(unseen[:, None, None], 0)
+    k_HSD = k_HSD.repeat_interleave(num_heads // k.shape[1], dim=1).transpose(0, 1)
+    q_HTD = q.to(dtype).masked_fill(blind[:, None, None], 0).transpose(0, 1)
+    logits = (q_HTD @ k_HSD.transpose(1, 2)).to(high) * scale
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    visible = (count > 0)[None]
+    bias = count.clamp(min=1).to(high).log()
+    largest = logits
+    if alibi is not None:
+        biases = _biases(alibi, batch, table, count, high)
+        bias, largest = biases.logsumexp(0).masked_fill(count == 0, 0.0), logits + biases.amax(0)
+    max_logits = largest.masked_fill(~visible, -torch.inf).flatten(1)
+    max_logits = (
+        max_logits.amax(dim=1) if max_logits.shape[1] else max_logits.new_full((num_heads,), -torch.inf)
+    )
+    return (logits + bias).masked_fill(~visible, -torch.inf), max_logits
 
 
 def _biases(

@@ -1,0 +1,216 @@
+"""The masks of the flash_attn functions: windows aligned at the bottom-right corner of each sequence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from magi_attention.common.recent import Recent
+from magi_attention.errors import check_tensor, complaint
+from magi_attention.mask import DeviceMask, Mask
+from magi_attention.mask.bands import INF
+from magi_attention.mask.lowering import lower_windows
+
+Side = int | torch.Tensor
+Window = Sequence[Side]
+
+_masks: Recent[tuple[list[torch.Tensor], DeviceMask]] = Recent(256)
+
+
+def mask_of_batch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    window_size: Window,
+    causal: bool,
+    keep_first: int = 0,
+    force_fa_decode: bool = False,
+) -> Mask:
+    """The mask that all entries of a batch of q, k (b, s, h, d) share."""
+    check_tensor("q", q, shape=("batch", "seqlen_q", "nheads", "headdim"))
+    check_tensor("k", k, shape=("batch", "seqlen_k", "nheads_k", "headdim"))
+    left, right = window_of(window_size, causal, k.shape[1])
+    return fixed_mask(q.shape[1], k.shape[1], int(left), int(right), keep_first, force_fa_decode)
+
+
+def with_pages_together(
+    k: torch.Tensor, v: torch.Tensor, block_table: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """k and v (tokens, h, d), the pages of each sequence one behind the other, and how many tokens those of one hold.
+
+    Without a block table k and v themselves, and None.
+    """
+    if block_table is None:
+        return k, v, None
+    check_tensor("k", k, shape=("num_blocks", "page_size", "nheads_k", "headdim"))
+    check_tensor("v", v, shape=(*k.shape[:3], "headdim"))
+    check_tensor(
+        "block_table", block_table, shape=("batch", "blocks"), dtypes=(torch.int32,), device=k.device
+    )
+    # Entries behind a sequence's last page may be anything.
+    pages = block_table.flatten().clamp(0, max(len(k) - 1, 0))
+    k, v = (x.index_select(0, pages).flatten(0, 1) for x in (k, v))
+    return k, v, len(k) // max(len(block_table), 1)
+
+
+def mask_of_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: Side,
+    max_seqlen_k: Side,
+    window_size: Window,
+    causal: bool,
+    **others: Any,
+) -> DeviceMask:
+    """The mask of packed sequences in q, k (tokens, h, d); ``others`` as in ``varlen_mask``."""
+    check_tensor("q", q, shape=("total_q", "nheads", "headdim"))
+    check_tensor("k", k, shape=("total_k", "nheads_k", "headdim"))
+    _read("max_seqlen_q", max_seqlen_q)
+    window = window_of(window_size, causal, max_seqlen_k)
+    return varlen_mask(cu_seqlens_q, cu_seqlens_k, len(q), len(k), window, **others)
+
+
+def window_of(window_size: Window, causal: bool, max_cols: Side) -> tuple[Side, Side]:
+    """(left, right) of a window, -1 where it is unlimited: also where it is not shorter than the longest sequence.
+
+    Sides and ``max_cols`` may be 0-d tensors. Those on the CPU are read; with one on a GPU, sides stay tensors there.
+    """
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        remedy = "Give (left, right); -1 is unlimited."
+        raise ValueError(complaint("window_size", "a pair", window_size, remedy)) from None
+    left, right, max_cols = (
+        _read("window_size", left),
+        _read("window_size", right),
+        _read("max_seqlen_k", max_cols),
+    )
+    return _limited(left, max_cols), 0 if causal else _limited(right, max_cols)
+
+
+def _read(name: str, value: object) -> Side:
+    if isinstance(value, torch.Tensor):
+        if value.dim() or value.dtype not in (torch.int32, torch.int64):
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise TypeError(complaint(name, "integers or 0-d int32 or int64 tensors", got))
+        return value if value.is_cuda else int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(complaint(name, "integers or 0-d int32 or int64 tensors", type(value).__name__))
+    return value
+
+
+def _limited(side: Side, max_cols: Side) -> Side:
+    if isinstance(side, torch.Tensor) or isinstance(max_cols, torch.Tensor):
+        if isinstance(side, int) and side < 0:
+            return -1
+        device = side.device if isinstance(side, torch.Tensor) else max_cols.device  # type: ignore[union-attr]
+        reach = torch.as_tensor(side, device=device)
+        return torch.where((reach < 0) | (reach >= max_cols), -1, reach)
+    return -1 if side < 0 or side >= max_cols else side
+
+
+@functools.lru_cache(maxsize=1024)
+def fixed_mask(
+    num_rows: int, num_cols: int, left: int, right: int, keep_first: int, force_fa_decode: bool
+) -> Mask:
+    """The mask that all entries of a batch share."""
+    cuts = [0, num_rows], [0, num_cols]
+    return Mask.varlen(*cuts, False, (left, right), keep_first, force_fa_decode)
+
+
+def varlen_mask(
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    num_rows: int,
+    num_cols: int,
+    window: tuple[Side, Side],
+    keep_first: int = 0,
+    force_fa_decode: bool = False,
+    seqused_k: torch.Tensor | None = None,
+    page_cols: int | None = None,
+) -> DeviceMask:
+    """The mask of packed sequences, on the device of the boundaries, which the host does not read.
+
+    Remembered by identity and version of tensors on a GPU.
+
+    Args:
+        seqused_k: (b,) keys in use of each sequence, or None: all.
+        page_cols: columns set aside for each sequence, when its keys do not begin at ``cu_seqlens_k`` but at multiples
+            of this.
+    """
+    _check_boundaries(cu_seqlens_q, cu_seqlens_k, seqused_k)
+    tensors = [cu_seqlens_q, cu_seqlens_k, *([] if seqused_k is None else [seqused_k])]
+    key: Hashable = None
+    if all(isinstance(side, int) for side in window) and _may_remember(tensors):
+        stream = torch.cuda.current_stream(cu_seqlens_q.device).cuda_stream
+        versions = tuple((id(t), t._version) for t in tensors)
+        key = (versions, num_rows, num_cols, *window, keep_first, force_fa_decode, page_cols, stream)
+        found = _masks.get(key)
+        if found is not None:
+            return found[1]
+    with torch.inference_mode(False):
+        q0, q1 = (x.to(torch.int32) for x in (cu_seqlens_q[:-1], cu_seqlens_q[1:]))
+        k0, k1 = (x.to(torch.int32) for x in (cu_seqlens_k[:-1], cu_seqlens_k[1:]))
+        used = (
+            k1 - k0 if seqused_k is None else torch.minimum(seqused_k.to(torch.int32).clamp(min=0), k1 - k0)
+        )
+        if page_cols is not None:
+            k0 = page_cols * torch.arange(len(q0), device=q0.device, dtype=torch.int32)
+            used = (used if seqused_k is None else seqused_k.to(torch.int32)).clamp(0, page_cols)
+        table = _table((q0, q1, k0, k0 + used), (num_rows, num_cols), window, keep_first, force_fa_decode)
+        mask = DeviceMask(table, num_rows, num_cols)
+    if key is not None:
+        _masks.put(key, (tensors, mask))
+    return mask
+
+
+def _check_boundaries(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, seqused_k: torch.Tensor | None
+) -> None:
+    integers = (torch.int32, torch.int64)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, shape=("batch + 1",), dtypes=integers)
+    if not len(cu_seqlens_q):
+        raise ValueError(complaint("cu_seqlens_q length", "at least 1", 0))
+    shape, device = cu_seqlens_q.shape, cu_seqlens_q.device
+    check_tensor("cu_seqlens_k", cu_seqlens_k, shape=shape, dtypes=integers, device=device)
+    if seqused_k is not None:
+        check_tensor("seqused_k", seqused_k, shape=(len(cu_seqlens_q) - 1,), dtypes=integers, device=device)
+
+
+def _may_remember(tensors: list[torch.Tensor]) -> bool:
+    # Boundaries on the CPU may share memory with arrays whose edits no version counts.
+    if not all(t.is_cuda for t in tensors) or any(t.is_inference() for t in tensors):
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _table(
+    corners: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    size: tuple[int, int],
+    window: tuple[Side, Side],
+    keep_first: int,
+    force_fa_decode: bool,
+) -> torch.Tensor:
+    if all(isinstance(side, int) for side in window):
+        reach = tuple(side if side >= 0 else None for side in window)  # type: ignore[operator]
+        return lower_windows(
+            *corners, *size, window=reach, keep_first=keep_first, force_fa_decode=force_fa_decode  # type: ignore[arg-type]
+        )  # fmt: skip
+    if keep_first or force_fa_decode:
+        remedy = "Give window_size as integers."
+        got = "a window on the GPU"
+        raise NotImplementedError(complaint("keep_first, force_fa_decode", "0, False", got, remedy))
+    return _moved(lower_windows(*corners, *size), window)
+
+
+def _moved(table: torch.Tensor, window: tuple[Side, Side]) -> torch.Tensor:
+    """Full rectangles cut by a window whose sides the host does not know."""
+    diagonal = table[:, 3] - table[:, 1]
+    left, right = (torch.as_tensor(side, device=table.device) for side in window)
+    lo = torch.where(left < 0, -INF, diagonal - left).to(torch.int32)
+    hi = torch.where(right < 0, INF, diagonal + right).to(torch.int32)
+    return torch.cat([table[:, :4], lo[:, None], hi[:, None]], dim=1)
