@@ -33,6 +33,7 @@ class Options:
     deterministic: bool = False
     sink: torch.Tensor | None = None
     rng_state: torch.Tensor | None = None
+    sm_margin: int = 0
 
     def with_state(self, device: torch.device) -> Options:
         """With a state of the dropout: zeros where there is no dropout."""
@@ -57,6 +58,7 @@ class Options:
             "rng_state": self.rng_state if self.dropout_p > 0 else None,
             "alibi_slopes": self.alibi_slopes,
             "deterministic": self.deterministic,
+            "sm_margin": self.sm_margin,
         }
 
 

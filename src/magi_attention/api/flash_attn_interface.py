@@ -56,14 +56,14 @@ _CUTS = (
 )
 
 
-def _documented(summary: str, lead: str, *tensors: str) -> Callable[[_Door], _Door]:
-    """Give a function the docstring of the family."""
+def documented(text: str, summary: str, lead: str, *tensors: str) -> Callable[[_Door], _Door]:
+    """Give a function the docstring of its family: ``text`` with its own tensors, whose rows are ``lead``."""
 
     def document(function: _Door) -> _Door:
         lines = "\n".join("    " + line for text in tensors for line in text.split("\n"))
         lse = "(nheads, total_q)" if "total" in lead else "(batch, nheads, seqlen_q)"
         out = f"({lead}, nheads, headdim)"
-        function.__doc__ = _TEXT.format(summary=summary, tensors=lines, rows=lead, out=out, lse=lse)
+        function.__doc__ = text.format(summary=summary, tensors=lines, rows=lead, out=out, lse=lse)
         return function
 
     return document
@@ -75,7 +75,8 @@ _VARLEN = (
 )
 
 
-@_documented(
+@documented(
+    _TEXT,
     "Attention of (batch, seqlen, nheads, headdim) tensors.",
     "batch, seqlen_q",
     _Q.format("batch, seqlen_q"),
@@ -106,7 +107,8 @@ def flash_attn_func(
     return attend(q, k, v, mask, options, return_attn_probs)
 
 
-@_documented(
+@documented(
+    _TEXT,
     "Attention of queries with packed keys and values.",
     "batch, seqlen_q",
     _Q.format("batch, seqlen_q"),
@@ -133,7 +135,8 @@ def flash_attn_kvpacked_func(
     )  # fmt: skip
 
 
-@_documented(
+@documented(
+    _TEXT,
     "Attention of packed queries, keys and values, with as many heads of each.",
     "batch, seqlen",
     "qkv: (batch, seqlen, 3, nheads, headdim), fp16, bf16, fp32 or fp64; head dimensions of any size up to 256",
@@ -158,7 +161,8 @@ def flash_attn_qkvpacked_func(
     )  # fmt: skip
 
 
-@_documented(
+@documented(
+    _TEXT,
     "Attention of sequences of different lengths, packed without padding.",
     "total_q",
     _Q.format("total_q"),
@@ -200,7 +204,8 @@ def flash_attn_varlen_func(
     return attend(q, k, v, mask, options, return_attn_probs, (cu_seqlens_q, cu_seqlens_k))
 
 
-@_documented(
+@documented(
+    _TEXT,
     "Attention of packed sequences of queries with packed keys and values.",
     "total_q",
     _Q.format("total_q"),
@@ -232,7 +237,8 @@ def flash_attn_varlen_kvpacked_func(
     )  # fmt: skip
 
 
-@_documented(
+@documented(
+    _TEXT,
     "Attention of packed sequences of queries, keys and values in one tensor, with as many heads of each.",
     "total",
     "qkv: (total, 3, nheads, headdim), fp16, bf16, fp32 or fp64; head dimensions of any size up to 256",

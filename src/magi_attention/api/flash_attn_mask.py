@@ -27,12 +27,15 @@ def mask_of_batch(
     causal: bool,
     keep_first: int = 0,
     force_fa_decode: bool = False,
-) -> Mask:
+    chunk: int = 0,
+) -> Mask | DeviceMask:
     """The mask that all entries of a batch of q, k (b, s, h, d) share."""
     check_tensor("q", q, shape=("batch", "seqlen_q", "nheads", "headdim"))
     check_tensor("k", k, shape=("batch", "seqlen_k", "nheads_k", "headdim"))
-    left, right = window_of(window_size, causal, k.shape[1])
-    return fixed_mask(q.shape[1], k.shape[1], int(left), int(right), keep_first, force_fa_decode)
+    left, right = (int(side) for side in window_of(window_size, causal, k.shape[1]))
+    if chunk:
+        return chunked_mask(q.shape[1], k.shape[1], left, right, chunk)
+    return fixed_mask(q.shape[1], k.shape[1], left, right, keep_first, force_fa_decode)
 
 
 def with_pages_together(
@@ -114,6 +117,14 @@ def _limited(side: Side, max_cols: Side) -> Side:
 
 
 @functools.lru_cache(maxsize=1024)
+def chunked_mask(num_rows: int, num_cols: int, left: int, right: int, chunk: int) -> DeviceMask:
+    """The mask that all entries of a batch share, where a query sees the keys of its own chunk of positions only."""
+    rows, cols = (torch.tensor([0, size], dtype=torch.int32) for size in (num_rows, num_cols))
+    num_chunks = -(-num_cols // chunk)
+    return varlen_mask(rows, cols, num_rows, num_cols, (left, right), chunk=chunk, num_chunks=num_chunks)
+
+
+@functools.lru_cache(maxsize=1024)
 def fixed_mask(
     num_rows: int, num_cols: int, left: int, right: int, keep_first: int, force_fa_decode: bool
 ) -> Mask:
@@ -130,38 +141,47 @@ def varlen_mask(
     window: tuple[Side, Side],
     keep_first: int = 0,
     force_fa_decode: bool = False,
+    seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     page_cols: int | None = None,
+    chunk: int = 0,
+    num_chunks: int = 0,
 ) -> DeviceMask:
     """The mask of packed sequences, on the device of the boundaries, which the host does not read.
 
     Remembered by identity and version of tensors on a GPU.
 
     Args:
-        seqused_k: (b,) keys in use of each sequence, or None: all.
+        seqused_q, seqused_k: (b,) queries and keys in use of each sequence, or None: all.
         page_cols: columns set aside for each sequence, when its keys do not begin at ``cu_seqlens_k`` but at multiples
             of this.
+        chunk, num_chunks: a query sees the keys of its own chunk of ``chunk`` positions; no sequence of keys has more
+            than ``num_chunks``. 0 is off.
     """
-    _check_boundaries(cu_seqlens_q, cu_seqlens_k, seqused_k)
-    tensors = [cu_seqlens_q, cu_seqlens_k, *([] if seqused_k is None else [seqused_k])]
+    _check_boundaries(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = [x for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) if x is not None]
     key: Hashable = None
     if all(isinstance(side, int) for side in window) and _may_remember(tensors):
         stream = torch.cuda.current_stream(cu_seqlens_q.device).cuda_stream
         versions = tuple((id(t), t._version) for t in tensors)
-        key = (versions, num_rows, num_cols, *window, keep_first, force_fa_decode, page_cols, stream)
+        sizes = (num_rows, num_cols, page_cols, chunk, num_chunks, seqused_q is None, seqused_k is None)
+        key = (versions, sizes, *window, keep_first, force_fa_decode, stream)
         found = _masks.get(key)
         if found is not None:
             return found[1]
     with torch.inference_mode(False):
-        q0, q1 = (x.to(torch.int32) for x in (cu_seqlens_q[:-1], cu_seqlens_q[1:]))
-        k0, k1 = (x.to(torch.int32) for x in (cu_seqlens_k[:-1], cu_seqlens_k[1:]))
-        used = (
-            k1 - k0 if seqused_k is None else torch.minimum(seqused_k.to(torch.int32).clamp(min=0), k1 - k0)
-        )
+        q0, q1 = _spans(cu_seqlens_q, seqused_q)
+        k0, k1 = _spans(cu_seqlens_k, seqused_k)
         if page_cols is not None:
+            # With seqused_k, the boundaries of the keys say nothing.
+            lengths = k1 - k0 if seqused_k is None else seqused_k.to(torch.int32)
             k0 = page_cols * torch.arange(len(q0), device=q0.device, dtype=torch.int32)
-            used = (used if seqused_k is None else seqused_k.to(torch.int32)).clamp(0, page_cols)
-        table = _table((q0, q1, k0, k0 + used), (num_rows, num_cols), window, keep_first, force_fa_decode)
+            k1 = k0 + lengths.clamp(0, page_cols)
+        corners = (q0, q1, k0, k1)
+        if chunk:
+            table = _chunks(corners, window, chunk, num_chunks)
+        else:
+            table = _table(corners, (num_rows, num_cols), window, keep_first, force_fa_decode)
         mask = DeviceMask(table, num_rows, num_cols)
     if key is not None:
         _masks.put(key, (tensors, mask))
@@ -169,7 +189,10 @@ def varlen_mask(
 
 
 def _check_boundaries(
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, seqused_k: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    seqused_q: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
 ) -> None:
     integers = (torch.int32, torch.int64)
     check_tensor("cu_seqlens_q", cu_seqlens_q, shape=("batch + 1",), dtypes=integers)
@@ -177,8 +200,15 @@ def _check_boundaries(
         raise ValueError(complaint("cu_seqlens_q length", "at least 1", 0))
     shape, device = cu_seqlens_q.shape, cu_seqlens_q.device
     check_tensor("cu_seqlens_k", cu_seqlens_k, shape=shape, dtypes=integers, device=device)
-    if seqused_k is not None:
-        check_tensor("seqused_k", seqused_k, shape=(len(cu_seqlens_q) - 1,), dtypes=integers, device=device)
+    for name, lengths in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+        if lengths is not None:
+            check_tensor(name, lengths, shape=(len(cu_seqlens_q) - 1,), dtypes=integers, device=device)
+
+
+def _spans(cuts: torch.Tensor, used: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Begin and end of each sequence, of as many tokens as are in use."""
+    begin, end = cuts[:-1].to(torch.int32), cuts[1:].to(torch.int32)
+    return begin, end if used is None else torch.minimum(begin + used.to(torch.int32).clamp(min=0), end)
 
 
 def _may_remember(tensors: list[torch.Tensor]) -> bool:
@@ -214,3 +244,24 @@ def _moved(table: torch.Tensor, window: tuple[Side, Side]) -> torch.Tensor:
     lo = torch.where(left < 0, -INF, diagonal - left).to(torch.int32)
     hi = torch.where(right < 0, INF, diagonal + right).to(torch.int32)
     return torch.cat([table[:, :4], lo[:, None], hi[:, None]], dim=1)
+
+
+def _chunks(
+    corners: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    window: tuple[Side, Side],
+    chunk: int,
+    num_chunks: int,
+) -> torch.Tensor:
+    """One band for each chunk of each sequence; those beyond its end are empty."""
+    q0, q1, k0, k1 = (x[:, None] for x in corners)
+    begin = k0 + chunk * torch.arange(num_chunks, device=k0.device, dtype=torch.int32)
+    diagonal = (k1 - q1).expand_as(begin)
+    end = torch.minimum(begin + chunk, k1)
+    # Row i stands at key i + diagonal.
+    first, last = torch.maximum(begin - diagonal, q0), torch.minimum(begin + chunk - diagonal, q1)
+    is_seen = (begin < k1) & (first < last)
+    left, right = (torch.as_tensor(side, device=begin.device) for side in window)
+    lo = torch.where(left < 0, -INF, diagonal - left)
+    hi = torch.where(right < 0, INF, diagonal + right)
+    table = torch.stack([first, last, begin, end, lo, hi], dim=2)
+    return torch.where(is_seen[..., None], table, 0).flatten(0, 1).to(torch.int32)
