@@ -31,14 +31,41 @@ _INTERNALS = tuple(
     for direction in ("forward", "backward")
 )
 _HELPERS = ("_get_block_size_n", "maybe_contiguous", "round_multiple")
+_PADDING = (
+    "unpad_input",
+    "pad_input",
+    "unpad_input_for_concatenated_sequences",
+    "index_first_axis",
+    "index_put_first_axis",
+    "index_first_axis_residual",
+    "__getattr__",  # rearrange and repeat, where einops is installed
+)
+_ROTARY = (
+    "apply_rotary_emb",
+    "apply_rotary_emb_func",
+    "apply_rotary_emb_torch",
+    "apply_rotary_emb_qkv_",
+    "apply_rotary_emb_kv_",
+    "rotate_half",
+    "RotaryEmbedding",
+)
 _FA3 = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func", "flash_attn_combine")
 
 MODULES: dict[str, dict[str, tuple[str, ...]]] = {
-    "flash_attn": {"flash_attn_interface": _FORMS},
+    "flash_attn": {"flash_attn_interface": _FORMS, "flash_attn_kvcache": ("flash_attn_with_kvcache",)},
     "flash_attn.flash_attn_interface": {
         "flash_attn_interface": _FORMS,
+        "flash_attn_kvcache": ("flash_attn_with_kvcache",),
         "flash_attn_internals": (*_INTERNALS, *_HELPERS),
     },
+    "flash_attn.bert_padding": {"bert_padding": _PADDING},
+    "flash_attn.layers": {},
+    "flash_attn.layers.rotary": {"rotary": (*_ROTARY, "apply_rotary")},
+    "flash_attn.modules": {},
+    "flash_attn.modules.mha": {"alibi": ("get_alibi_slopes",)},
+    "flash_attn.ops": {},
+    "flash_attn.ops.triton": {},
+    "flash_attn.ops.triton.rotary": {"rotary": ("apply_rotary",)},
     "flash_attn_2_cuda": {"flash_attn_2_cuda": ("fwd", "bwd", "varlen_fwd", "varlen_bwd")},
     "flash_attn_interface": {"flash_attn_3": _FA3},
     "flash_attn_3": {},

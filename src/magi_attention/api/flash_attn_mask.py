@@ -188,6 +188,38 @@ def varlen_mask(
     return mask
 
 
+def cache_mask(
+    queries: Sequence[int],
+    num_cols: int,
+    capacity: int,
+    used: torch.Tensor,
+    rows: torch.Tensor | None,
+    leftpad: torch.Tensor | None,
+    window: tuple[Side, Side],
+    keep_first: int,
+    force_fa_decode: bool,
+) -> DeviceMask:
+    """The mask of batches of queries (batch, each) and a cache whose rows of ``capacity`` keys lie one behind the other.
+
+    Args:
+        num_cols: keys of all rows. used: (batch,) positions in use of each entry's row; ``leftpad`` of them, from the
+            beginning, are not.
+        rows: (batch,) which row of the cache is whose; the entry's own when None.
+    """
+    batch, each = queries
+    entry = torch.arange(batch, device=used.device, dtype=torch.int32)
+    for name, x in (("cache_batch_idx", rows), ("cache_leftpad", leftpad)):
+        if x is not None:
+            check_tensor(name, x, shape=(batch,), dtypes=(torch.int32, torch.int64), device=used.device)
+    begin = capacity * (entry if rows is None else rows.to(torch.int32))
+    end = begin + used.clamp(0, capacity)
+    if leftpad is not None:
+        begin = torch.minimum(begin + leftpad.to(torch.int32).clamp(min=0), end)
+    corners = (each * entry, each * (entry + 1), begin, end)
+    table = _table(corners, (batch * each, num_cols), window, keep_first, force_fa_decode)
+    return DeviceMask(table, batch * each, num_cols)
+
+
 def _check_boundaries(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
