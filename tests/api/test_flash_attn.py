@@ -71,7 +71,14 @@ CUTS = ([0, 5, 5, 6, 20], [0, 9, 12, 13, 20])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "extra", [{}, {"keep_first": 3}, {"force_fa_decode": True}, {"alibi_slopes": torch.rand(4, 2)}], ids=str
+    "extra",
+    [
+        {},
+        {"keep_first": 3},
+        {"force_fa_decode": True},
+        {"alibi_slopes": torch.linspace(0.1, 0.8, 8).view(4, 2)},
+    ],
+    ids=lambda extra: "".join(extra) or "plain",
 )
 def test_packed_sequences(window, causal, extra):
     q, k, v = leaves((20, 2, 8), (20, 1, 8), (20, 1, 8))
@@ -151,7 +158,7 @@ def dropped(q, k, v, **settings):
 @pytest.mark.parametrize(
     "settings",
     [{}, {"causal": True}, {"window_size": (4, 2), "alibi_slopes": torch.tensor([0.1, 0.3])}],
-    ids=str,
+    ids=["plain", "causal", "window and slopes"],
 )
 def test_dropout_pattern(settings):
     q, k, v = leaves((2, 130, 2, 8), (2, 140, 1, 8), (2, 140, 1, 8))
