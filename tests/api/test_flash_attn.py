@@ -347,3 +347,33 @@ def test_bad_inputs(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"window_size": (5, 0), "keep_first": 2}], ids=["causal", "window"])
+def test_compiled_without_a_break(extra, dynamic):
+    def batches(q, k, v):
+        return fa.flash_attn_func(q * 2, k, v, causal=True, **extra).sin()
+
+    def packed(q, k, v, cuts):
+        return fa.flash_attn_varlen_func(q * 2, k, v, cuts, cuts, 9, 9, causal=True, **extra).sin()
+
+    torch._dynamo.reset()
+    inputs = leaves((2, 9, 2, 8), (2, 9, 1, 8), (2, 9, 1, 8))
+    flat = [x.detach().flatten(0, 1).requires_grad_() for x in inputs]
+    cuts = torch.tensor([0, 9, 18], dtype=torch.int32)
+    for function, arguments in ((batches, inputs), (packed, [*flat, cuts])):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        out, eager = compiled(*arguments), function(*arguments)
+        same([out, *gradients(out, arguments[:3])], [eager, *gradients(eager, arguments[:3])])
+
+
+def test_compiled_dropout():
+    torch._dynamo.reset()
+    q, k, v = leaves((2, 9, 2, 8), (2, 9, 2, 8), (2, 9, 2, 8))
+    compiled = torch.compile(lambda *x: fa.flash_attn_func(*x, 0.5), backend="aot_eager", fullgraph=True)
+    torch.manual_seed(1)
+    first, second = compiled(q, k, v), compiled(q, k, v)
+    assert not torch.equal(first, second)
+    for one in (first, second):
+        assert torch.isfinite(torch.autograd.grad(one.sum(), q)[0]).all()

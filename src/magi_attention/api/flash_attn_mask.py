@@ -33,6 +33,8 @@ def mask_of_batch(
     check_tensor("q", q, shape=("batch", "seqlen_q", "nheads", "headdim"))
     check_tensor("k", k, shape=("batch", "seqlen_k", "nheads_k", "headdim"))
     left, right = (int(side) for side in window_of(window_size, causal, k.shape[1]))
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        return _traced_mask(q.shape[1], k.shape[1], (left, right), keep_first, force_fa_decode, chunk)
     if chunk:
         return chunked_mask(q.shape[1], k.shape[1], left, right, chunk)
     return fixed_mask(q.shape[1], k.shape[1], left, right, keep_first, force_fa_decode)
@@ -114,6 +116,19 @@ def _limited(side: Side, max_cols: Side) -> Side:
         reach = torch.as_tensor(side, device=device)
         return torch.where((reach < 0) | (reach >= max_cols), -1, reach)
     return -1 if side < 0 or side >= max_cols else side
+
+
+def _traced_mask(
+    num_rows: int, num_cols: int, window: tuple[int, int], keep_first: int, force_fa_decode: bool, chunk: int
+) -> DeviceMask:
+    """``fixed_mask`` or ``chunked_mask`` by operations that a compiler can follow."""
+    zero = torch.zeros(1, dtype=torch.int32)
+    corners = (zero, zero + num_rows, zero, zero + num_cols)
+    if chunk:
+        table = _chunks(corners, window, chunk, -(-num_cols // chunk))
+    else:
+        table = _table(corners, (num_rows, num_cols), window, keep_first, force_fa_decode)
+    return DeviceMask(table, num_rows, num_cols)
 
 
 @functools.lru_cache(maxsize=1024)
