@@ -1,4 +1,4 @@
-"""What features cost against the plain call: softcap, a sink, fp16, deterministic gradients, columns in two parts."""
+"""What features cost against the plain call: softcap, a sink, fp16, dropout, ALiBi, deterministic gradients, parts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from benchmarks.replay import repeated
 from benchmarks.report import Report, Row, machine_state
 from benchmarks.timing import DIRECTIONS, Entrant, race, stopwatch, summary
 from magi_attention import Mask, accumulate, attention
+from magi_attention.kernels.select import modifiers_of, refusal, request_of
 from magi_attention.testing import Case, compare, compare_parts, random_case
 
 MASK, TOKENS, HEADS, HEAD_DIM = "causal", 16384, (32, 8), 128
@@ -39,6 +40,8 @@ class Variant:
     num_sinks: int = 0
     dtype: str | None = None
     deterministic: bool = False
+    dropout_p: float = 0.0
+    alibi: bool = False
     parts: int = 1
     directions: tuple[str, ...] = DIRECTIONS
 
@@ -46,6 +49,11 @@ class Variant:
     def measured(self) -> tuple[str, ...]:
         """The directions that it has."""
         return DIRECTIONS if self.parts == 1 else ("forward",)
+
+    @property
+    def modifiers(self) -> str:
+        """What a backend must have."""
+        return modifiers_of(self.dropout_p > 0, self.alibi)
 
 
 VARIANTS = (
@@ -55,7 +63,15 @@ VARIANTS = (
     Variant("fp16", dtype="fp16"),
     Variant("deterministic", deterministic=True, directions=("backward",)),
     Variant("two parts", parts=2, directions=("forward",)),
+    Variant("dropout", dropout_p=0.17),
+    Variant("alibi", alibi=True),
 )
+
+
+def offered(backend: str, device: torch.device) -> list[Variant]:
+    """The variants that ``backend`` has."""
+    tensor = torch.empty(1, 1, HEAD_DIM, dtype=torch.bfloat16, device=device)
+    return [v for v in VARIANTS if refusal(backend, request_of(tensor, tensor, v.modifiers)) is None]
 
 
 def _case(variant: Variant, work: Workload, dtype: str, device: torch.device, seed: int) -> Case:
@@ -71,6 +87,11 @@ def _case(variant: Variant, work: Workload, dtype: str, device: torch.device, se
         sink=sink if variant.num_sinks else None,
         softcap=variant.softcap,
     )
+    if variant.dropout_p:
+        state = torch.tensor([seed, 1], device=device)
+        case = replace(case, dropout_p=variant.dropout_p, rng_state=state)
+    if variant.alibi:
+        case = replace(case, alibi_slopes=0.01 * torch.rand(HEADS[0], generator=generator, device=device))
     return replace(case, dlse=None)
 
 
@@ -126,8 +147,8 @@ def _run(variant: Variant, case: Case, backend: str) -> Run:
             v,
             case.mask,
             sink=case.sink,
-            softcap=case.softcap,
             deterministic=variant.deterministic,
+            **case.modifiers,
             backend=backend,
         )[0]
 
@@ -142,10 +163,12 @@ def measure_features(
     work = workload(MASK, TOKENS // shrink)
     watch = stopwatch(device)
     if device.type == "cuda":
-        together([__file__, str(n), backend, dtype, device.type] for n in range(len(VARIANTS)))
+        together(
+            [__file__, str(VARIANTS.index(v)), backend, dtype, device.type] for v in offered(backend, device)
+        )
     rows: dict[tuple[str, str], Row] = {}
     entrants: dict[str, Entrant] = {}
-    for variant in VARIANTS:
+    for variant in offered(backend, device):
         label = backend if variant.name == "plain" else f"{backend} {variant.name}"
         shape = (work.name, work.tokens, *HEADS, HEAD_DIM, variant.dtype or dtype)
         for direction in variant.measured:
@@ -153,7 +176,8 @@ def measure_features(
         try:
             case = _case(variant, work, dtype, device, seed=0)
             fault = _small_fault(variant, work.tokens, backend, dtype, device)
-            fault = fault or _fault(variant, case, sampled_rows(work, seed=0).tolist(), backend)
+            if not variant.modifiers:  # which depend on the numbers of rows: the small instance has to do
+                fault = fault or _fault(variant, case, sampled_rows(work, seed=0).tolist(), backend)
             status, reason = ("wrong", fault) if fault else ("ok", "")
         except Exception as error:
             status, reason = "failed", first_line(error)
@@ -183,6 +207,8 @@ def _record(report: Report, rows: dict[tuple[str, str], Row], entrants: dict[str
     report.add(rows.values())
     for variant in VARIANTS[1:]:
         for direction in variant.directions:
+            if (variant.name, direction) not in rows:
+                continue
             with_it, without = rows[variant.name, direction], rows["plain", direction]
             if with_it.status == without.status == "ok" and with_it.seconds and without.seconds:
                 report.add_cost(
