@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magi_attention.api import flash_attn_interface as fa
+from magi_attention.api.flash_attn_mask import varlen_mask
 from magi_attention.api import flash_attn_internals as internals
 
 WINDOWS = [(-1, -1), (0, 0), (3, -1), (-1, 2), (4, 1), (50, 0), (2, 60)]
@@ -125,6 +126,19 @@ def test_sides_and_lengths_may_be_tensors():
         q, k, v, *cuts, torch.tensor(14), torch.tensor(9), window_size=torch.tensor([4, 10])
     )
     assert torch.equal(plain, of_tensors)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (4, -1), (-1, 2), (0, 7)])
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_windows_that_the_host_does_not_know(window, chunk):
+    cuts = [torch.tensor(c, dtype=torch.int32) for c in CUTS]
+    sides = tuple(torch.tensor(side) for side in window)
+    known, unknown = (
+        varlen_mask(*cuts, 20, 20, one, chunk=chunk, num_chunks=3).table for one in (window, sides)
+    )
+    assert torch.equal(known, unknown)
+    with pytest.raises(NotImplementedError, match="keep_first, force_fa_decode: expected 0, False"):
+        varlen_mask(*cuts, 20, 20, sides, keep_first=1)
 
 
 def test_pages():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from magi_attention.common.recent import Recent
-from magi_attention.errors import check_tensor, complaint
+from magi_attention.errors import check_count, check_tensor, complaint
 from magi_attention.mask import DeviceMask, Mask
 from magi_attention.mask.bands import INF
 from magi_attention.mask.lowering import lower_windows
@@ -32,9 +32,10 @@ def mask_of_batch(
     """The mask that all entries of a batch of q, k (b, s, h, d) share."""
     check_tensor("q", q, shape=("batch", "seqlen_q", "nheads", "headdim"))
     check_tensor("k", k, shape=("batch", "seqlen_k", "nheads_k", "headdim"))
-    left, right = (int(side) for side in window_of(window_size, causal, k.shape[1]))
-    if torch.compiler.is_compiling():  # sizes may be symbols
-        return _traced_mask(q.shape[1], k.shape[1], (left, right), keep_first, force_fa_decode, chunk)
+    check_count("keep_first", keep_first)
+    left, right = window_of(window_size, causal, k.shape[1])
+    if not (isinstance(left, int) and isinstance(right, int)) or torch.compiler.is_compiling():
+        return _computed_mask(q.shape[1], k.shape[1], (left, right), keep_first, force_fa_decode, chunk)
     if chunk:
         return chunked_mask(q.shape[1], k.shape[1], left, right, chunk)
     return fixed_mask(q.shape[1], k.shape[1], left, right, keep_first, force_fa_decode)
@@ -74,6 +75,7 @@ def mask_of_packed(
     """The mask of packed sequences in q, k (tokens, h, d); ``others`` as in ``varlen_mask``."""
     check_tensor("q", q, shape=("total_q", "nheads", "headdim"))
     check_tensor("k", k, shape=("total_k", "nheads_k", "headdim"))
+    check_count("keep_first", others.get("keep_first", 0))
     _read("max_seqlen_q", max_seqlen_q)
     window = window_of(window_size, causal, max_seqlen_k)
     return varlen_mask(cu_seqlens_q, cu_seqlens_k, len(q), len(k), window, **others)
@@ -113,16 +115,27 @@ def _limited(side: Side, max_cols: Side) -> Side:
         if isinstance(side, int) and side < 0:
             return -1
         device = side.device if isinstance(side, torch.Tensor) else max_cols.device  # type: ignore[union-attr]
-        reach = torch.as_tensor(side, device=device)
+        reach = _on(side, device)
         return torch.where((reach < 0) | (reach >= max_cols), -1, reach)
     return -1 if side < 0 or side >= max_cols else side
 
 
-def _traced_mask(
-    num_rows: int, num_cols: int, window: tuple[int, int], keep_first: int, force_fa_decode: bool, chunk: int
+def _on(side: Side, device: torch.device) -> torch.Tensor:
+    """A 0-d tensor; without the copy from the host, and the wait for it, that ``torch.as_tensor`` would make."""
+    return side if isinstance(side, torch.Tensor) else torch.full((), side, dtype=torch.int32, device=device)
+
+
+def _computed_mask(
+    num_rows: int,
+    num_cols: int,
+    window: tuple[Side, Side],
+    keep_first: int,
+    force_fa_decode: bool,
+    chunk: int,
 ) -> DeviceMask:
-    """``fixed_mask`` or ``chunked_mask`` by operations that a compiler can follow."""
-    zero = torch.zeros(1, dtype=torch.int32)
+    """``fixed_mask`` or ``chunked_mask`` by tensor operations: sizes may be a compiler's symbols, sides on a GPU."""
+    devices = [side.device for side in window if isinstance(side, torch.Tensor)]
+    zero = torch.zeros(1, dtype=torch.int32, device=devices[0] if devices else "cpu")
     corners = (zero, zero + num_rows, zero, zero + num_cols)
     if chunk:
         table = _chunks(corners, window, chunk, -(-num_cols // chunk))
@@ -287,7 +300,7 @@ def _table(
 def _moved(table: torch.Tensor, window: tuple[Side, Side]) -> torch.Tensor:
     """Full rectangles cut by a window whose sides the host does not know."""
     diagonal = table[:, 3] - table[:, 1]
-    left, right = (torch.as_tensor(side, device=table.device) for side in window)
+    left, right = (_on(side, table.device) for side in window)
     lo = torch.where(left < 0, -INF, diagonal - left).to(torch.int32)
     hi = torch.where(right < 0, INF, diagonal + right).to(torch.int32)
     return torch.cat([table[:, :4], lo[:, None], hi[:, None]], dim=1)
@@ -307,7 +320,7 @@ def _chunks(
     # Row i stands at key i + diagonal.
     first, last = torch.maximum(begin - diagonal, q0), torch.minimum(begin + chunk - diagonal, q1)
     is_seen = (begin < k1) & (first < last)
-    left, right = (torch.as_tensor(side, device=begin.device) for side in window)
+    left, right = (_on(side, begin.device) for side in window)
     lo = torch.where(left < 0, -INF, diagonal - left)
     hi = torch.where(right < 0, INF, diagonal + right)
     table = torch.stack([first, last, begin, end, lo, hi], dim=2)
