@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magi_attention.api import flash_attn_interface as fa
-from magi_attention.api.flash_attn_mask import varlen_mask
 from magi_attention.api import flash_attn_internals as internals
+from magi_attention.api.flash_attn_mask import varlen_mask
 
 WINDOWS = [(-1, -1), (0, 0), (3, -1), (-1, 2), (4, 1), (50, 0), (2, 60)]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import MASKS
 
-from magi_attention.attention import attention
+from magi_attention.attention import attention, attention_backward
 from magi_attention.mask import Mask
 from magi_attention.testing import Case, assert_matches_oracle, random_case
 from magi_attention.testing.strategies import masks
@@ -144,3 +144,54 @@ def test_dropout_under_activation_checkpointing():
         found.append(torch.autograd.grad(run(q, k, v).sum(), (q, k, v)))
     for plain, again in zip(*found, strict=True):
         assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "triton", "dense"])
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+@pytest.mark.parametrize("batched", [False, True])
+def test_gradients_from_an_out_and_lse_that_are_there(batched, scale, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    case = random_case(Mask.causal(20, 30), heads=(4, 2), batch=2 if batched else None, softmax_scale=scale)
+    case = modified(case, 0.3, "head")
+    q, k, v = (x.requires_grad_() for x in (case.q, case.k, case.v))
+    out, meta = attention(q, k, v, case.mask, softmax_scale=scale, backend=backend, **case.modifiers)
+    expected = torch.autograd.grad((out, meta.lse), (q, k, v), (case.dout, case.dlse))
+    found = attention_backward(
+        case.dout, q, k, v, out, meta.lse, case.mask, dlse=case.dlse, softmax_scale=scale, backend=backend,
+        **case.modifiers,
+    )  # fmt: skip
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_columns_in_parts_share_the_gradient():
+    case = random_case(Mask.causal(24, 40), dtype=torch.float64)
+    out, meta = attention(case.q, case.k, case.v, case.mask)
+    whole = attention_backward(case.dout, case.q, case.k, case.v, out, meta.lse, case.mask)
+    parts = [
+        attention_backward(
+            case.dout,
+            case.q,
+            case.k[a:b],
+            case.v[a:b],
+            out,
+            meta.lse,
+            case.mask.localise([(0, 24)], [(a, b)]),
+        )
+        for a, b in ((0, 17), (17, 40))
+    ]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0])
+    for n in (1, 2):
+        torch.testing.assert_close(torch.cat([part[n] for part in parts]), whole[n])
+
+
+def test_bad_inputs_of_the_backward():
+    x, lse = torch.zeros(6, 2, 8), torch.zeros(6, 2)
+    mask = Mask.full(6)
+    with pytest.raises(ValueError, match="rng_state: expected that of the forward"):
+        attention_backward(x, x, x, x, x, lse, mask, dropout_p=0.1)
+    with pytest.raises(ValueError, match=r"lse shape: expected \(6, 2\)"):
+        attention_backward(x, x, x, x, x, lse.T, mask)
+    with pytest.raises(TypeError, match="dout dtype: expected torch.float32"):
+        attention_backward(x.double(), x, x, x, x, lse, mask)
