@@ -109,6 +109,7 @@ def attention(
     return out, AttnForwardMeta(lse, max_logits if return_max_logits else None)
 
 
+@torch.no_grad()
 def attention_backward(
     dout: torch.Tensor,
     q: torch.Tensor,

@@ -193,5 +193,5 @@ def test_bad_inputs_of_the_backward():
         attention_backward(x, x, x, x, x, lse, mask, dropout_p=0.1)
     with pytest.raises(ValueError, match=r"lse shape: expected \(6, 2\)"):
         attention_backward(x, x, x, x, x, lse.T, mask)
-    with pytest.raises(TypeError, match="dout dtype: expected torch.float32"):
+    with pytest.raises(TypeError, match=r"dout dtype: expected torch\.float32"):
         attention_backward(x.double(), x, x, x, x, lse, mask)
