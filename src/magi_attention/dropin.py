@@ -62,14 +62,17 @@ MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "flash_attn.layers": {},
     "flash_attn.layers.rotary": {"rotary": (*_ROTARY, "apply_rotary")},
     "flash_attn.modules": {},
-    "flash_attn.modules.mha": {"alibi": ("get_alibi_slopes",)},
+    "flash_attn.modules.mha": {
+        "alibi": ("get_alibi_slopes",),
+        "mha": ("FlashSelfAttention", "FlashCrossAttention", "SelfAttention", "CrossAttention"),
+    },
     "flash_attn.ops": {},
     "flash_attn.ops.triton": {},
     "flash_attn.ops.triton.rotary": {"rotary": ("apply_rotary",)},
     "flash_attn_2_cuda": {"flash_attn_2_cuda": ("fwd", "bwd", "varlen_fwd", "varlen_bwd")},
-    "flash_attn_interface": {"flash_attn_3": _FA3},
+    "flash_attn_interface": {"flash_attn_3": _FA3, "flash_attn_3_internals": _INTERNALS[:2]},
     "flash_attn_3": {},
-    "flash_attn_3.flash_attn_interface": {"flash_attn_3": _FA3},
+    "flash_attn_3.flash_attn_interface": {"flash_attn_3": _FA3, "flash_attn_3_internals": _INTERNALS[:2]},
     "extensions": {},
     "extensions.fa2_interface_with_sink": {
         "flash_attn_sink": tuple(name.replace("flash_attn", "fa2") + "_with_sink" for name in _FORMS)

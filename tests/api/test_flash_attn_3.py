@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magi_attention.api import flash_attn_3 as fa3
+from magi_attention.api import flash_attn_3_internals as internals
 from magi_attention.api import flash_attn_interface as fa2
 from magi_attention.api import flash_attn_sink as sinks
 
@@ -201,6 +202,37 @@ def test_a_sink_stands_behind_the_tensors():
     assert varlen[7:10] == ["sink", "sink_layout", "seqused_q"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_internals_give_what_autograd_gives(packed):
+    q, k, v = leaves((2, 6, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
+    cuts = {}
+    out = fa3.flash_attn_func(q, k, v, causal=True, window_size=(4, 0))
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    expected = torch.autograd.grad(out, (q, k, v), dout)
+    if packed:
+        q, k, v, out, dout = (x.flatten(0, 1) for x in (q, k, v, out, dout))
+        expected = [x.flatten(0, 1) for x in expected]
+        cuts = {
+            "cu_seqlens_q": torch.tensor([0, 6, 12], dtype=torch.int32),
+            "cu_seqlens_k": torch.tensor([0, 9, 18], dtype=torch.int32),
+        }
+    room = torch.empty_like(out)
+    found, lse, *rest = internals._flash_attn_forward(
+        q, k, v, out_=room, causal=True, window_size_left=4, window_size_right=0, **cuts
+    )
+    same([found], [out])
+    assert found is room and rest == [None, None] and not found.requires_grad
+    for sides in ({"is_causal": True, "window_size_left": 4}, {"causal": True, "window_size": (4, 0)}):
+        into = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+        delta = internals._flash_attn_backward(
+            dout, q, k, v, found, lse, **cuts, **dict(zip(("dq", "dk", "dv"), into, strict=True)), **sides
+        )
+        same(into, expected)
+        torch.testing.assert_close(
+            delta, (dout * out).sum(-1).transpose(-1, -2).float(), rtol=1e-4, atol=1e-4
+        )
+
+
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
 
 
@@ -239,6 +271,23 @@ BAD = {
         "descales: expected None",
     ),
     "heads": (lambda: fa3.flash_attn_qkvpacked_func(X), ValueError, "num_heads_q: expected the number"),
+    "cache": (
+        lambda: internals._flash_attn_forward(X, X, X, k_new=X),
+        NotImplementedError,
+        "arguments of a cache",
+    ),
+    "one_boundary": (
+        lambda: internals._flash_attn_forward(
+            X[0], X[0], X[0], cu_seqlens_q=torch.tensor([0, 6], dtype=torch.int32)
+        ),
+        ValueError,
+        "cu_seqlens_q, cu_seqlens_k: expected both",
+    ),
+    "used": (
+        lambda: internals._flash_attn_forward(X, X, X, seqused_k=torch.ones(2)),
+        NotImplementedError,
+        "seqused of batches",
+    ),
     "chunk": (lambda: fa3.flash_attn_func(X, X, X, attention_chunk=-1), ValueError, "attention_chunk"),
 }
 

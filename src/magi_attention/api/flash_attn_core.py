@@ -134,6 +134,26 @@ def backward(
     return tuple(x[..., :dim] for x in grads)  # type: ignore[return-value]
 
 
+def write_gradients(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    mask: BandMask,
+    options: Options,
+    given: tuple[torch.Tensor | None, ...],
+) -> torch.Tensor:
+    """Write the gradients into those of dq, dk and dv that are ``given``; returns softmax_d, rowsum(dout * out)."""
+    gradients = backward(dout, q, k, v, out, softmax_lse, mask, options)
+    for into, gradient in zip(given, gradients, strict=True):
+        if into is not None:
+            into.copy_(gradient)
+    products = torch.where(out == 0, 0.0, dout.float() * out.float())
+    return products.sum(-1).transpose(-1, -2).contiguous()
+
+
 def _padded(x: torch.Tensor) -> torch.Tensor:
     """With zeros up to whole 16 bytes a row, which the GPU kernels need."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8)) if x.is_cuda and x.shape[-1] % 8 else x

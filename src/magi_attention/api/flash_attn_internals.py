@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from magi_attention.api.flash_attn_core import Options, backward, dropout_pattern, forward, to_softmax_lse
+from magi_attention.api.flash_attn_core import (
+    Options,
+    dropout_pattern,
+    forward,
+    to_softmax_lse,
+    write_gradients,
+)
 from magi_attention.api.flash_attn_mask import Side, mask_of_batch, mask_of_packed, with_pages_together
-from magi_attention.attention import BandMask
 from magi_attention.errors import complaint
 
 Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -110,7 +115,7 @@ def _flash_attn_backward(
     """Writes the gradients into dq, dk and dv, those that are given; returns softmax_d, rowsum(dout * out)."""
     mask = mask_of_batch(q, k, (window_size_left, window_size_right), causal)
     options = Options(dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, None, rng_state)
-    return _write_gradients(dout, q, k, v, out, softmax_lse, mask, options, (dq, dk, dv))
+    return write_gradients(dout, q, k, v, out, softmax_lse, mask, options, (dq, dk, dv))
 
 
 @torch.no_grad()
@@ -146,26 +151,7 @@ def _flash_attn_varlen_backward(
     window = window_size_left, window_size_right
     mask = mask_of_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, causal)
     options = Options(dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, None, rng_state)
-    return _write_gradients(dout, q, k, v, out, softmax_lse, mask, options, (dq, dk, dv))
-
-
-def _write_gradients(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    softmax_lse: torch.Tensor,
-    mask: BandMask,
-    options: Options,
-    given: tuple[torch.Tensor | None, ...],
-) -> torch.Tensor:
-    gradients = backward(dout, q, k, v, out, softmax_lse, mask, options)
-    for into, gradient in zip(given, gradients, strict=True):
-        if into is not None:
-            into.copy_(gradient)
-    products = torch.where(out == 0, 0.0, dout.float() * out.float())
-    return products.sum(-1).transpose(-1, -2).contiguous()
+    return write_gradients(dout, q, k, v, out, softmax_lse, mask, options, (dq, dk, dv))
 
 
 _wrapped_flash_attn_forward = _flash_attn_forward
