@@ -19,7 +19,7 @@ from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.plan.tiling import choose_tiles
 
 STATISTICS = {"LSE", "LSE2", "DELTA", "MAX_LOGITS", "SINK", "DSINK", "DLSE", "SLOPES"}
-TABLES = {"TILES", "BAND_LIST", "BANDS", "DIAGONALS", "DQ_STATE"}
+TABLES = {"TILES", "BAND_LIST", "BANDS", "DIAGONALS", "DQ_STATE", "KEYS"}
 
 
 def signature(kernel: Any, constants: dict[str, Any], element: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.triton.modifiers import biased, kept, row_keys, slope_of
+from magi_attention.kernels.triton.modifiers import biased, kept, load_keys, slope_of
 from magi_attention.kernels.triton.primitives import (
     LOG2E,
     RUNTIME_SIZES,
@@ -161,7 +161,7 @@ def dq_kernel(
     LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    RNG_STATE, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+    KEYS, num_keys: tl.int64, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr,
@@ -204,7 +204,7 @@ def dq_kernel(
     lse2 = tl.load(LSE2 + at, mask=live, other=float("inf"))
     delta = tl.load(DELTA + at, mask=live, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    key_a, key_b = row_keys(RNG_STATE, batch_head, rows, DROPOUT)
+    key_a, key_b = load_keys(KEYS, num_keys, at, live, DROPOUT)
 
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     for item in range(list_begin, list_begin + list_count):
@@ -237,15 +237,14 @@ def dq_kernel(
 def _accumulate_dkdv(
     dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
     batch, first_head, group, keys, first, last, lo, hi, begin, num_blocks, gap_begin, gap, scale, softcap,
-    RNG_STATE, heads_before, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
+    KEYS, num_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """A run of the transposed mask for all heads of a group: columns are queries, scores are (keys, queries).
 
-    One loop over heads and blocks keeps loads in flight from one head to the next. ``heads_before`` query heads belong
-    to the batch entries before.
+    One loop over heads and blocks keeps loads in flight from one head to the next.
     """
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
@@ -286,7 +285,7 @@ def _accumulate_dkdv(
         )
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         seen = visible(keys, cols, last, lo, hi)
-        key_a, key_b = row_keys(RNG_STATE, heads_before + head, cols, DROPOUT)
+        key_a, key_b = load_keys(KEYS, num_keys, at, cols < last, DROPOUT)
         slope, diagonal = slope_of(
             SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, batch, band, head, ALIBI
         )
@@ -311,7 +310,7 @@ def dkdv_kernel(
     LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    RNG_STATE, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+    KEYS, num_keys: tl.int64, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -339,6 +338,7 @@ def dkdv_kernel(
     Q += batch.to(tl.int64) * stride_qb * 8
     DOUT += batch.to(tl.int64) * stride_gb * 8
     heads_before = batch * heads_per_batch * group
+    KEYS += heads_before.to(tl.int64) * num_rows
     LSE2 += heads_before.to(tl.int64) * num_rows
     DELTA += heads_before.to(tl.int64) * num_rows
     for item in range(list_begin, list_begin + list_count):
@@ -351,14 +351,14 @@ def dkdv_kernel(
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
             batch, kv_head * group, group, keys, first, last, lo, hi, full_begin, num_full, 0, 0, scale, softcap,
-            RNG_STATE, heads_before, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
+            KEYS, num_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
             False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
             batch, kv_head * group, group, keys, first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full,
             scale, softcap,
-            RNG_STATE, heads_before, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
+            KEYS, num_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
             True, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
     out = rows_at(head_of(DK, batch, kv_head, stride_dkb, stride_dkh), key_begin, stride_dkt, BLOCK_N, dims)

@@ -13,11 +13,13 @@ from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.reference.modifiers import kept_below
 from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.forward import forward_kernel
+from magi_attention.kernels.triton.modifiers import keys_kernel
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import TilePlan
 from magi_attention.plan.tiling import TileConfig, choose_tiles
 
 _DELTA_ROWS = 64
+_KEY_ROWS = 128
 
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,7 +39,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         forward_kernel[grid](
             q, *strides(q), k, *strides(k), v, *strides(v), out, *strides(out),
             *optional(problem.sink, lse), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
-            *_modifiers(problem, lse),
+            lse if problem.rng_state is None else problem.rng_state, *_modifiers(problem, lse),
             HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, ACCUMULATE=problem.earlier is not None,
             **_features(problem), D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_options(tile, q),
@@ -50,7 +52,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsink) of one call; dsink is (B, T, H), or empty without a sink."""
     q, k, v, dout = (aligned(x) for x in (problem.q, problem.k, problem.v, dout))
-    sink, scalars = problem.sink, (problem.softmax_scale, problem.softcap, *_modifiers(problem, lse))
+    sink, scalars = problem.sink, (problem.softmax_scale, problem.softcap)
     batch, num_rows, num_heads, head_dim = q.shape
     num_kv_heads, head_dim_v = k.shape[2], v.shape[3]
     group = num_heads // num_kv_heads
@@ -66,6 +68,7 @@ def backward(
             lse, dsink, lse2, delta, 0, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
             TILE=0, PACK=1, DV=head_dim_v, BLOCK_M=_DELTA_ROWS, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
+    scalars = (*scalars, *_keys(problem, lse), *_modifiers(problem, lse))
     tile, plan = _plan("backward_dq", problem)
     if plan.num_tiles and batch:
         rows_tma = tma and tile.rows_in_registers
@@ -97,12 +100,23 @@ def _features(problem: Problem) -> dict[str, bool]:
 
 
 def _modifiers(problem: Problem, stand_in: torch.Tensor) -> tuple:
-    """What kernels are told of dropout and ALiBi; ``stand_in`` for tensors that they do not read."""
-    rng_state = stand_in if problem.rng_state is None else problem.rng_state
-    dropout = (rng_state, kept_below(problem.dropout_p), 1.0 / (1.0 - problem.dropout_p))
+    """What kernels are told of dropout and ALiBi, but for keys; ``stand_in`` for tensors that they do not read."""
+    dropout = (kept_below(problem.dropout_p), 1.0 / (1.0 - problem.dropout_p))
     if problem.alibi is None:
         return (*dropout, stand_in, 0, 0, 0, stand_in)
     return (*dropout, problem.alibi.slopes, *problem.alibi.slopes.stride(), problem.alibi.diagonals)
+
+
+def _keys(problem: Problem, stand_in: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The dropout's keys of all rows, and how many there are."""
+    batch, num_rows, num_heads, _ = problem.q.shape
+    num_keys = batch * num_heads * num_rows
+    if problem.rng_state is None or num_keys == 0:
+        return stand_in, num_keys
+    keys = torch.empty(2, num_keys, dtype=torch.int32, device=problem.q.device)
+    grid = (triton.cdiv(num_rows, _KEY_ROWS) * batch * num_heads,)
+    keys_kernel[grid](problem.rng_state, keys, num_rows, num_keys, BLOCK=_KEY_ROWS, num_warps=4)
+    return keys, num_keys
 
 
 def _plan(kernel: str, problem: Problem) -> tuple[TileConfig, TilePlan]:

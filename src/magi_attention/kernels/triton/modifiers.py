@@ -21,6 +21,33 @@ def row_keys(RNG_STATE, batch_head, rows, DROPOUT: tl.constexpr):
     return first, second
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
+def keys_kernel(
+    RNG_STATE,
+    KEYS,  # int32 (2, B, H, T), contiguous
+    num_rows, num_keys: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The keys of all rows, for kernels in which rows change from block to block; ``num_keys`` is B * H * T."""
+    blocks = tl.cdiv(num_rows, BLOCK)
+    batch_head = tl.program_id(0) // blocks
+    rows = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    first, second = row_keys(RNG_STATE, batch_head, rows, True)
+    at = KEYS + batch_head.to(tl.int64) * num_rows + rows
+    tl.store(at, first.to(tl.int32, bitcast=True), mask=rows < num_rows)
+    tl.store(at + num_keys, second.to(tl.int32, bitcast=True), mask=rows < num_rows)
+
+
+@triton.jit
+def load_keys(KEYS, num_keys, at, live, DROPOUT: tl.constexpr):
+    """The two keys of the rows at ``at`` in what ``keys_kernel`` wrote; anything without dropout."""
+    first, second = at, at
+    if DROPOUT:
+        first = tl.load(KEYS + at, mask=live, other=0).to(tl.uint32, bitcast=True)
+        second = tl.load(KEYS + num_keys + at, mask=live, other=0).to(tl.uint32, bitcast=True)
+    return first, second
+
+
 @triton.jit
 def kept(first, second, cols, kept_below):
     """Which weights dropout keeps; keys and columns broadcast against each other."""

@@ -10,7 +10,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 RUNTIME_SIZES = [
-    *("num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows", "kept_below"),
+    *("num_tiles", "num_heads", "heads_per_batch", "wave", "group", "num_rows", "num_keys", "kept_below"),
     *(
         f"stride_{tensor}{axis}"
         for tensor in ("q", "k", "v", "o", "g", "d", "dk", "dv", "s", "l")
