@@ -30,8 +30,8 @@ def mask_of_batch(
     chunk: int = 0,
 ) -> Mask | DeviceMask:
     """The mask that all entries of a batch of q, k (b, s, h, d) share."""
-    check_tensor("q", q, shape=("batch", "seqlen_q", "nheads", "headdim"))
-    check_tensor("k", k, shape=("batch", "seqlen_k", "nheads_k", "headdim"))
+    _check_axes("q", q, "batch", "seqlen_q", "nheads", "headdim")
+    _check_axes("k", k, "batch", "seqlen_k", "nheads_k", "headdim")
     check_count("keep_first", keep_first)
     left, right = window_of(window_size, causal, k.shape[1])
     if not (isinstance(left, int) and isinstance(right, int)) or torch.compiler.is_compiling():
@@ -73,12 +73,18 @@ def mask_of_packed(
     **others: Any,
 ) -> DeviceMask:
     """The mask of packed sequences in q, k (tokens, h, d); ``others`` as in ``varlen_mask``."""
-    check_tensor("q", q, shape=("total_q", "nheads", "headdim"))
-    check_tensor("k", k, shape=("total_k", "nheads_k", "headdim"))
+    _check_axes("q", q, "total_q", "nheads", "headdim")
+    _check_axes("k", k, "total_k", "nheads_k", "headdim")
     check_count("keep_first", others.get("keep_first", 0))
     _read("max_seqlen_q", max_seqlen_q)
     window = window_of(window_size, causal, max_seqlen_k)
     return varlen_mask(cu_seqlens_q, cu_seqlens_k, len(q), len(k), window, **others)
+
+
+def _check_axes(name: str, x: torch.Tensor, *axes: str) -> None:
+    # Asked in every call: a fraction of the time that finding out what is wrong takes.
+    if not (isinstance(x, torch.Tensor) and x.dim() == len(axes)):
+        check_tensor(name, x, shape=axes)
 
 
 def window_of(window_size: Window, causal: bool, max_cols: Side) -> tuple[Side, Side]:
