@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from magi_attention.attention import accumulate, attention
+    from magi_attention.attention import accumulate, attention, attention_backward
     from magi_attention.common.forward_meta import AttnForwardMeta
     from magi_attention.explain import explain
     from magi_attention.kernels.select import capabilities
@@ -28,6 +28,7 @@ _HOMES = {
     "Mask": "magi_attention.mask",
     "accumulate": "magi_attention.attention",
     "attention": "magi_attention.attention",
+    "attention_backward": "magi_attention.attention",
     "capabilities": "magi_attention.kernels.select",
     "explain": "magi_attention.explain",
 }
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "accumulate",
     "attention",
+    "attention_backward",
     "capabilities",
     "explain",
 ]
