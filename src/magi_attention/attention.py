@@ -333,9 +333,14 @@ def _rng_state(dropout_p: float, rng_state: torch.Tensor | None, q: torch.Tensor
             raise ValueError(complaint("rng_state", "None without dropout", "a tensor", "Set dropout_p."))
         return None
     if rng_state is None:
-        return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+        return draw_rng_state(q.device)
     check_tensor("rng_state", rng_state, shape=(2,), dtypes=(torch.int64,), device=q.device)
     return rng_state
+
+
+def draw_rng_state(device: torch.device) -> torch.Tensor:
+    """Seed and offset of a dropout, from the device's default generator."""
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
 
 
 def alibi_operands(

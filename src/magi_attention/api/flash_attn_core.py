@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from magi_attention.attention import BandMask, alibi_operands, attention, attention_backward
+from magi_attention.attention import (
+    BandMask,
+    alibi_operands,
+    attention,
+    attention_backward,
+    draw_rng_state,
+)
 from magi_attention.errors import check_type, complaint
 from magi_attention.kernels.problem import Alibi
 from magi_attention.kernels.reference.dense import dense_logits, multiplicity
@@ -40,7 +46,7 @@ class Options:
         if self.rng_state is not None:
             return self
         if self.dropout_p > 0:
-            return replace(self, rng_state=torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device))
+            return replace(self, rng_state=draw_rng_state(device))
         return replace(self, rng_state=torch.zeros(2, dtype=torch.int64, device=device))
 
     @property
@@ -115,25 +121,6 @@ def forward(
     return out[..., : v.shape[-1]], meta.lse
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    softmax_lse: torch.Tensor,
-    mask: BandMask,
-    options: Options,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv for the out and softmax_lse of an earlier call."""
-    dim = q.shape[-1]
-    dout, q, k, v, out = map(_padded, (dout, q, k, v, out))
-    grads = attention_backward(
-        dout, q, k, v, out, from_softmax_lse(softmax_lse), mask, **options.settings(dim)
-    )
-    return tuple(x[..., :dim] for x in grads)  # type: ignore[return-value]
-
-
 def write_gradients(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -145,11 +132,15 @@ def write_gradients(
     options: Options,
     given: tuple[torch.Tensor | None, ...],
 ) -> torch.Tensor:
-    """Write the gradients into those of dq, dk and dv that are ``given``; returns softmax_d, rowsum(dout * out)."""
-    gradients = backward(dout, q, k, v, out, softmax_lse, mask, options)
+    """Write the gradients for the out and softmax_lse of an earlier call into those of dq, dk and dv that are ``given``.
+
+    Returns softmax_d, rowsum(dout * out).
+    """
+    tensors, lse = map(_padded, (dout, q, k, v, out)), from_softmax_lse(softmax_lse)
+    gradients = attention_backward(*tensors, lse, mask, **options.settings(q.shape[-1]))
     for into, gradient in zip(given, gradients, strict=True):
         if into is not None:
-            into.copy_(gradient)
+            into.copy_(gradient[..., : into.shape[-1]])
     products = torch.where(out == 0, 0.0, dout.float() * out.float())
     return products.sum(-1).transpose(-1, -2).contiguous()
 
@@ -181,6 +172,7 @@ def dropout_pattern(
     """
     if options.dropout_p == 0:
         return q.new_empty(0)
+    settings = options.settings(q.shape[-1])
     slopes, diagonals = alibi_operands(options.alibi_slopes, mask, q)
     if boundaries is None:
         spans = [(b, 0, q.shape[1], 0, k.shape[1]) for b in range(q.shape[0])]
@@ -200,7 +192,7 @@ def dropout_pattern(
             alibi = Alibi(slopes[:, band], diagonals[band] - (k0 - q0))
         count = multiplicity(table, q1 - q0, k1 - k0)
         logits, _ = dense_logits(
-            q[b, q0:q1], k[b, k0:k1], table, count, options.softmax_scale, max(options.softcap, 0.0), torch.float32,
+            q[b, q0:q1], k[b, k0:k1], table, count, settings["softmax_scale"], settings["softcap"], torch.float32,
             alibi, b,
         )  # fmt: skip
         top = logits.amax(dim=2, keepdim=True) if k1 > k0 else logits.new_zeros(1)

@@ -10,6 +10,7 @@ import torch
 
 from magi_attention.api.flash_attn_core import (
     Options,
+    check_together,
     dropout_pattern,
     forward,
     to_softmax_lse,
@@ -74,6 +75,7 @@ def _flash_attn_varlen_forward(
     if leftpad_k is not None:
         remedy = "Begin the sequences behind their padding."
         raise NotImplementedError(complaint("leftpad_k", "None", "a tensor", remedy))
+    check_together(None, 0, block_table is not None and return_softmax and dropout_p > 0)
     k, v, page_cols = with_pages_together(k, v, block_table)
     window = window_size_left, window_size_right
     mask = mask_of_packed(
@@ -82,12 +84,8 @@ def _flash_attn_varlen_forward(
     )  # fmt: skip
     options = Options(dropout_p, softmax_scale, softcap, alibi_slopes).with_state(q.device)
     out, lse = forward(q, k, v, mask, options)
-    pattern = q.new_empty(0)
-    if return_softmax and dropout_p > 0:
-        if page_cols is not None:
-            remedy = "Ask for S_dmask without block_table."
-            raise NotImplementedError(complaint("return_softmax", "False with block_table", True, remedy))
-        pattern = dropout_pattern(q, k, mask, options, (cu_seqlens_q, cu_seqlens_k))
+    boundaries = (cu_seqlens_q, cu_seqlens_k)
+    pattern = dropout_pattern(q, k, mask, options, boundaries) if return_softmax else q.new_empty(0)
     return out, to_softmax_lse(lse), pattern, options.state
 
 

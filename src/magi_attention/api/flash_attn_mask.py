@@ -11,6 +11,7 @@ import torch
 from magi_attention.common.recent import Recent
 from magi_attention.errors import check_count, check_tensor, complaint
 from magi_attention.mask import DeviceMask, Mask
+from magi_attention.mask.arguments import reach
 from magi_attention.mask.bands import INF
 from magi_attention.mask.lowering import lower_windows
 
@@ -121,8 +122,8 @@ def _limited(side: Side, max_cols: Side) -> Side:
         if isinstance(side, int) and side < 0:
             return -1
         device = side.device if isinstance(side, torch.Tensor) else max_cols.device  # type: ignore[union-attr]
-        reach = _on(side, device)
-        return torch.where((reach < 0) | (reach >= max_cols), -1, reach)
+        side = _on(side, device)
+        return torch.where((side < 0) | (side >= max_cols), -1, side)
     return -1 if side < 0 or side >= max_cols else side
 
 
@@ -292,10 +293,10 @@ def _table(
     force_fa_decode: bool,
 ) -> torch.Tensor:
     if all(isinstance(side, int) for side in window):
-        reach = tuple(side if side >= 0 else None for side in window)  # type: ignore[operator]
+        sides = reach(window, False)  # type: ignore[arg-type]
         return lower_windows(
-            *corners, *size, window=reach, keep_first=keep_first, force_fa_decode=force_fa_decode  # type: ignore[arg-type]
-        )  # fmt: skip
+            *corners, *size, window=sides, keep_first=keep_first, force_fa_decode=force_fa_decode
+        )
     if keep_first or force_fa_decode:
         remedy = "Give window_size as integers."
         got = "a window on the GPU"

@@ -13,14 +13,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from magi_attention.api import flash_attn_3 as fa3
 from magi_attention.api import flash_attn_interface as fa2
-from magi_attention.errors import check_type, complaint
+from magi_attention.api.flex_arguments import check_sink_layout
 
-_LAYOUTS = {False: {"sh": 2, "shd": 3, "ssh": 4}, True: {"sh": 2, "shd": 3, "ssh": 3}}
-"""Axes of a sink, of batches and of packed sequences."""
+_PER_ROW = {False: "4 axes (batch, seqlen_q, s_sink, nheads)", True: "3 axes (total_q, s_sink, nheads)"}
+"""Axes of a sink of each row, for batches and for packed sequences."""
 
 
 def _with_sink(function: Callable[..., Any], name: str, after: str) -> Callable[..., Any]:
@@ -39,7 +37,7 @@ def _with_sink(function: Callable[..., Any], name: str, after: str) -> Callable[
     def call(*args: Any, **kwargs: Any) -> Any:
         arguments = joint.bind(*args, **kwargs).arguments
         sink, layout = arguments.pop("sink", None), arguments.pop("sink_layout", "sh")
-        _check_layout(sink, layout, is_packed)
+        check_sink_layout(sink, layout, _PER_ROW[is_packed])
         return function(**arguments, s_aux=sink)
 
     call.__signature__ = joint  # type: ignore[attr-defined]
@@ -49,21 +47,6 @@ def _with_sink(function: Callable[..., Any], name: str, after: str) -> Callable[
         f"``{function.__name__}`` with ``sink`` and ``sink_layout``: see this module.\n\n{function.__doc__}"
     )
     return call
-
-
-def _check_layout(sink: torch.Tensor | None, layout: str, is_packed: bool) -> None:
-    axes = _LAYOUTS[is_packed]
-    if layout not in axes:
-        raise ValueError(complaint("sink_layout", '"sh" or "ssh"', repr(layout)))
-    if layout == "shd":
-        remedy = "Sinks with value vectors are not available."
-        raise NotImplementedError(complaint("sink_layout", '"sh" or "ssh"', '"shd"', remedy))
-    if sink is None:
-        return
-    check_type("sink", sink, torch.Tensor)
-    if sink.dim() != axes[layout]:
-        expected = f"{axes[layout]} axes"
-        raise ValueError(complaint(f'sink with sink_layout="{layout}"', expected, tuple(sink.shape)))
 
 
 fa2_func_with_sink = _with_sink(fa2.flash_attn_func, "fa2_func_with_sink", "v")

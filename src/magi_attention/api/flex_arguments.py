@@ -151,8 +151,13 @@ def check_packed_tokens(q: torch.Tensor, k: torch.Tensor) -> None:
 _PACKED = "Pack a batch along the first axis and give each sequence a slice."
 
 
-def check_sink_layout(sink: torch.Tensor | None, layout: str) -> None:
-    """The layout is known, available, and has as many axes as the sink; ``attention`` checks their sizes."""
+def check_sink_layout(
+    sink: torch.Tensor | None, layout: str, per_row: str = "(num_tokens_q, s_sink, num_heads_q)"
+) -> None:
+    """The layout is known, available, and has as many axes as the sink; ``attention`` checks their sizes.
+
+    ``per_row`` names the axes of "ssh".
+    """
     if layout not in ("sh", "ssh", "shd"):
         raise ValueError(complaint("sink_layout", '"sh", "ssh" or "shd"', repr(layout)))
     if layout == "shd":
@@ -162,8 +167,8 @@ def check_sink_layout(sink: torch.Tensor | None, layout: str) -> None:
     if sink is None:
         return
     check_type("sink", sink, torch.Tensor)
-    axes = "(s_sink, num_heads_q)" if layout == "sh" else "(num_tokens_q, s_sink, num_heads_q)"
-    if sink.dim() != len(layout):
+    axes = "(s_sink, num_heads_q)" if layout == "sh" else per_row
+    if sink.dim() != axes.count(",") + 1:
         remedy = 'sink_layout="sh" is one set of sinks for all rows, "ssh" one per row.'
         raise ValueError(complaint(f'sink with sink_layout="{layout}"', axes, tuple(sink.shape), remedy))
 
