@@ -136,8 +136,9 @@ def write_gradients(
 
     Returns softmax_d, rowsum(dout * out).
     """
-    tensors, lse = map(_padded, (dout, q, k, v, out)), from_softmax_lse(softmax_lse)
-    gradients = attention_backward(*tensors, lse, mask, **options.settings(q.shape[-1]))
+    lse, settings = from_softmax_lse(softmax_lse), options.settings(q.shape[-1])
+    dout, q, k, v, out = map(_padded, (dout, q, k, v, out))
+    gradients = attention_backward(dout, q, k, v, out, lse, mask, **settings)
     for into, gradient in zip(given, gradients, strict=True):
         if into is not None:
             into.copy_(gradient[..., : into.shape[-1]])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from magi_attention.common.recent import Recent
+from magi_attention.api.device_masks import remembered_mask
 from magi_attention.errors import check_count, check_tensor, complaint
 from magi_attention.mask import DeviceMask, Mask
 from magi_attention.mask.arguments import reach
@@ -17,8 +17,6 @@ from magi_attention.mask.lowering import lower_windows
 
 Side = int | torch.Tensor
 Window = Sequence[Side]
-
-_masks: Recent[tuple[list[torch.Tensor], DeviceMask]] = Recent(256)
 
 
 def mask_of_batch(
@@ -195,16 +193,8 @@ def varlen_mask(
     """
     _check_boundaries(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     tensors = [x for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) if x is not None]
-    key: Hashable = None
-    if all(isinstance(side, int) for side in window) and _may_remember(tensors):
-        stream = torch.cuda.current_stream(cu_seqlens_q.device).cuda_stream
-        versions = tuple((id(t), t._version) for t in tensors)
-        sizes = (num_rows, num_cols, page_cols, chunk, num_chunks, seqused_q is None, seqused_k is None)
-        key = (versions, sizes, *window, keep_first, force_fa_decode, stream)
-        found = _masks.get(key)
-        if found is not None:
-            return found[1]
-    with torch.inference_mode(False):
+
+    def make() -> DeviceMask:
         q0, q1 = _spans(cu_seqlens_q, seqused_q)
         k0, k1 = _spans(cu_seqlens_k, seqused_k)
         if page_cols is not None:
@@ -217,10 +207,13 @@ def varlen_mask(
             table = _chunks(corners, window, chunk, num_chunks)
         else:
             table = _table(corners, (num_rows, num_cols), window, keep_first, force_fa_decode)
-        mask = DeviceMask(table, num_rows, num_cols)
-    if key is not None:
-        _masks.put(key, (tensors, mask))
-    return mask
+        return DeviceMask(table, num_rows, num_cols)
+
+    # Boundaries on the CPU may share memory with arrays whose edits no version counts.
+    if not (cu_seqlens_q.is_cuda and all(isinstance(side, int) for side in window)):
+        return make()
+    sizes = (num_rows, num_cols, page_cols, chunk, num_chunks, seqused_q is None, seqused_k is None)
+    return remembered_mask(tensors, (sizes, *window, keep_first, force_fa_decode), make)
 
 
 def cache_mask(
@@ -276,13 +269,6 @@ def _spans(cuts: torch.Tensor, used: torch.Tensor | None) -> tuple[torch.Tensor,
     """Begin and end of each sequence, of as many tokens as are in use."""
     begin, end = cuts[:-1].to(torch.int32), cuts[1:].to(torch.int32)
     return begin, end if used is None else torch.minimum(begin + used.to(torch.int32).clamp(min=0), end)
-
-
-def _may_remember(tensors: list[torch.Tensor]) -> bool:
-    # Boundaries on the CPU may share memory with arrays whose edits no version counts.
-    if not all(t.is_cuda for t in tensors) or any(t.is_inference() for t in tensors):
-        return False
-    return not torch.cuda.is_current_stream_capturing()
 
 
 def _table(

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from magi_attention import env
+from magi_attention.api.device_masks import forget_device_masks, remembered_mask
 from magi_attention.common import AttnMaskType, AttnRanges
 from magi_attention.common.recent import Recent
 from magi_attention.errors import complaint
@@ -31,13 +32,12 @@ _MAX_ENTRIES = 64
 
 
 _host_masks: Recent[Any] = Recent(_MAX_ENTRIES)
-_device_masks: Recent[Any] = Recent(_MAX_ENTRIES)
 
 
 def clear_mask_cache() -> None:
     """Forget every mask made from ranges."""
     _host_masks.clear()
-    _device_masks.clear()
+    forget_device_masks()
 
 
 def mask_of_ranges(
@@ -120,21 +120,12 @@ def _device_mask(
     if env.sanity_check() and not capturing:
         on_host = types.cpu() if isinstance(types, torch.Tensor) else types
         Mask.from_ranges(q_ranges.cpu(), k_ranges.cpu(), on_host, num_rows, num_cols)
-    key: Hashable = None
-    if not capturing and not any(t.is_inference() for t in tensors):
-        # Another stream might run ahead of the kernels that wrote the bands: each stream has its own.
-        stream = torch.cuda.current_stream(q_ranges.device).cuda_stream if q_ranges.is_cuda else 0
-        versions = tuple((id(t), t._version) for t in tensors)
-        key = (versions, types if _is_single(types) else None, num_rows, num_cols, stream)
-        found = _device_masks.get(key)
-        if found is not None:
-            return found[1]
-    with torch.inference_mode(False):
+
+    def make() -> DeviceMask:
         codes = _types_beside(q_ranges, types)
-        mask = DeviceMask(lower_ranges(q_ranges, k_ranges, codes, num_rows, num_cols), num_rows, num_cols)
-    if key is not None:
-        _device_masks.put(key, (tensors, mask))
-    return mask
+        return DeviceMask(lower_ranges(q_ranges, k_ranges, codes, num_rows, num_cols), num_rows, num_cols)
+
+    return remembered_mask(tensors, (types if _is_single(types) else None, num_rows, num_cols), make)
 
 
 def _types_beside(q_ranges: torch.Tensor, types: Types) -> torch.Tensor | None:
