@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.recent import Recent
 from magi_attention.errors import check_count, check_number, check_tensor, check_type, complaint
 from magi_attention.kernels import ops
 from magi_attention.kernels.problem import stats_dtype
@@ -349,8 +350,7 @@ def alibi_operands(
     """Slopes (B, n, H), expanded without a copy, and the diagonals of the n bands."""
     if slopes is None:
         return None, None
-    table = mask.table.to(q.device)
-    num_bands, num_heads, batched = len(table), q.shape[-2], q.dim() == 4
+    num_bands, num_heads, batched = len(mask.table), q.shape[-2], q.dim() == 4
     check_type("alibi_slopes", slopes, torch.Tensor)
     shape = (num_heads,) if slopes.dim() == 1 else (q.shape[0] if batched else num_bands, num_heads)
     check_tensor("alibi_slopes", slopes, shape=shape, dtypes=(torch.float32,), device=q.device)
@@ -360,7 +360,22 @@ def alibi_operands(
     if slopes.dim() == 2:
         slopes = slopes[:, None] if batched else slopes[None]
     batch = q.shape[0] if batched else 1
-    return slopes.expand(batch, num_bands, num_heads), table[:, 3] - table[:, 1]
+    return slopes.expand(batch, num_bands, num_heads), _diagonals(mask.table, q.device)
+
+
+_moved: Recent[tuple[torch.Tensor, torch.Tensor]] = Recent(256)
+
+
+def _diagonals(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """k1 - q1 of each band, int32 (n,); those of a host mask are moved to a GPU once, for which the host waits."""
+    if table.device == device or torch.compiler.is_compiling() or table.is_inference():
+        return (table[:, 3] - table[:, 1]).to(device)
+    key = (id(table), table._version, device)
+    found = _moved.get(key)
+    if found is None:
+        found = table, (table[:, 3] - table[:, 1]).to(device)  # holding the table keeps its id
+        _moved.put(key, found)
+    return found[1]
 
 
 def _check_scalars(softcap: float, sm_margin: int) -> None:

@@ -17,7 +17,6 @@ import torch
 from magi_attention.attention import BandMask, accumulate, alibi_operands, attention
 from magi_attention.kernels.problem import Alibi
 from magi_attention.kernels.reference.dense import dense_attention, multiplicity
-from magi_attention.kernels.reference.modifiers import row_keys
 from magi_attention.mask import Mask
 from magi_attention.mask.bands import K0, K1
 from magi_attention.testing.tolerance import Comparison, figure
@@ -225,18 +224,14 @@ def _by_formula(case: Case, dtype: torch.dtype | None) -> dict[str, torch.Tensor
     assert q is not None and k is not None and v is not None
     batched = q.dim() == 4
     settings: dict[str, Any] = {"softmax_scale": case.softmax_scale, "softcap": case.softcap, "dtype": dtype}
+    settings |= {"dropout_p": case.dropout_p, "rng_state": case.rng_state}
     slopes, diagonals = alibi_operands(case.alibi_slopes, case.mask, q)
-    alibi = None if slopes is None or diagonals is None else Alibi(slopes, diagonals)
+    settings["alibi"] = None if slopes is None or diagonals is None else Alibi(slopes, diagonals)
     parts = []
     for b in range(q.shape[0] if batched else 1):
         q_THD, k_SKD, v_SKV = (x[b] if batched else x for x in (q, k, v))
         own = sink[b] if sink is not None and sink.dim() == 4 else sink
-        dropout = None
-        if case.rng_state is not None:
-            rows = torch.arange(q_THD.shape[0], device=q.device)
-            dropout = case.dropout_p, row_keys(case.rng_state, b, q_THD.shape[1], rows)
-        modifiers: dict[str, Any] = {"dropout": dropout, "alibi": alibi, "batch": b}
-        parts.append(dense_attention(q_THD, k_SKD, v_SKV, case.mask.table, own, **settings, **modifiers))
+        parts.append(dense_attention(q_THD, k_SKD, v_SKV, case.mask.table, own, **settings, batch=b))
     outs, lses, tops = ([part[n] for part in parts] for n in range(3))
     out, lse = (torch.stack(xs) if batched else xs[0] for xs in (outs, lses))
     return _with_gradients(case, leaves, out, lse, torch.stack(tops).amax(dim=0))

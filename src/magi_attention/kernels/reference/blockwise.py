@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from magi_attention.kernels.problem import Alibi, Problem
-from magi_attention.kernels.reference.modifiers import alibi_bias, kept, row_keys
+from magi_attention.kernels.reference.modifiers import Keys, alibi_bias, kept, row_keys
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import run_geometry
 
@@ -151,8 +151,9 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
             rows = slice(tile.row_begin, tile.row_end)
             height = tile.row_end - tile.row_begin
             q_KRD = _fold(q[b, rows], num_kv_heads, work) * problem.softmax_scale
+            keys = _tile_keys(problem, b, tile)
             for heads, q_heads in _head_steps(num_kv_heads, group, q_KRD.shape[1]):
-                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem, b, q_heads, rooms)
+                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem, b, q_heads, keys, rooms)
                 tile_out, tile_lse, top = _attend(scores, v_KSV[heads])
                 out[b, rows, q_heads] = _unfold(tile_out, height).to(out.dtype)
                 lse[b, rows, q_heads] = _unfold(tile_lse, height)[:, :, 0]
@@ -170,8 +171,8 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
 class _Scores:
     """Scores of one tile of scaled queries ``q`` (K, R, D) with keys ``k`` (K, S, D), a chunk at a time.
 
-    ``heads`` are the query heads of batch entry ``batch`` that ``q`` holds. Two rooms: one for the scores, one for what
-    is made from them.
+    ``heads`` are the query heads of batch entry ``batch`` that ``q`` holds, ``keys`` those of the dropout for all heads.
+    Two rooms: one for the scores, one for what is made from them.
     """
 
     q: torch.Tensor
@@ -180,6 +181,7 @@ class _Scores:
     problem: Problem
     batch: int
     heads: slice
+    keys: Keys | None
     rooms: tuple[_Room, _Room]
 
     def empty(self, room: int, chunk: _Chunk) -> torch.Tensor:
@@ -216,15 +218,26 @@ class _Scores:
         rows = torch.arange(self.tile.row_begin, self.tile.row_end, device=device)
         return rows, torch.arange(chunk.begin, chunk.end, device=device)
 
-    def dropped(self, x: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+    def kept(self, chunk: _Chunk) -> torch.Tensor | None:
+        """(K, R, C) bool, the weights that dropout keeps; None without."""
+        if self.keys is None:
+            return None
+        first, second = self.keys
+        _, cols = self.pairs(chunk)
+        keep = kept((first[self.heads], second[self.heads]), cols, self.problem.dropout_p)
+        return keep.view(*self.q.shape[:2], -1)
+
+    def dropped(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         """``x`` (K, R, C) under dropout; ``x`` itself without."""
-        rng_state, probability = self.problem.rng_state, self.problem.dropout_p
-        if rng_state is None:
-            return x
-        rows, cols = self.pairs(chunk)
-        first, second = row_keys(rng_state, self.batch, self.problem.q.shape[2], rows)
-        keep = kept((first[self.heads], second[self.heads]), cols, probability)
-        return x.mul(keep.view(x.shape)).div_(1 - probability)
+        return x if keep is None else x.mul(keep).div_(1 - self.problem.dropout_p)
+
+
+def _tile_keys(problem: Problem, batch: int, tile: _Tile) -> Keys | None:
+    """The dropout's keys of the tile's rows, for all heads of a batch entry."""
+    if problem.rng_state is None:
+        return None
+    rows = torch.arange(tile.row_begin, tile.row_end, device=problem.q.device)
+    return row_keys(problem.rng_state, batch, problem.q.shape[2], rows)
 
 
 def _attend(scores: _Scores, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -236,7 +249,7 @@ def _attend(scores: _Scores, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         weights = torch.softmax(s, dim=2, out=scores.empty(1, chunk))
         # The largest weight is exp(top - lse).
         lse = top - torch.log(weights.amax(dim=2, keepdim=True))
-        seen = scores.dropped(weights, chunk)
+        seen = scores.dropped(weights, scores.kept(chunk))
         parts.append((torch.bmm(seen, v[:, chunk.begin : chunk.end]), lse, top))
     out, lse, top = parts[0]
     for more_out, more_lse, more_top in parts[1:]:
@@ -266,8 +279,9 @@ def backward(
             lse_KR1 = _fold(lse[b, rows, :, None], num_kv_heads, work)
             # (do, -delta) . (v, 1) = do . v - delta, without a pass over the scores.
             dout_KRV = torch.cat([dout_KRV, -_fold(delta[b, rows, :, None], num_kv_heads, work)], dim=2)
+            keys = _tile_keys(problem, b, tile)
             for heads, q_heads in _head_steps(num_kv_heads, group, q_KRD.shape[1]):
-                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem, b, q_heads, rooms)
+                scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem, b, q_heads, keys, rooms)
                 dq_KRD = _tile_gradients(
                     scores, v_KSV[heads], dout_KRV[heads], lse_KR1[heads], dk_KSD[heads], dv_KSV[heads]
                 )
@@ -290,19 +304,20 @@ def _tile_gradients(
     ``dout`` carries -delta and ``v`` ones in a last column.
     """
     dq = torch.zeros_like(scores.q)
-    softcap, has_dropout = scores.problem.softcap, scores.problem.rng_state is not None
+    softcap = scores.problem.softcap
     for chunk in scores.tile.chunks:
         cols = slice(chunk.begin, chunk.end)
         s = scores.capped(chunk)
         slope = 1 - (s / softcap).square_() if softcap > 0 else None
         weights = scores.biased(s, chunk).sub_(lse).exp_()
-        dv[:, cols].baddbmm_(scores.dropped(weights, chunk).transpose(1, 2), dout[:, :, :-1])
+        keep = scores.kept(chunk)
+        dv[:, cols].baddbmm_(scores.dropped(weights, keep).transpose(1, 2), dout[:, :, :-1])
         ds = scores.empty(1, chunk)
-        if has_dropout:
-            torch.bmm(dout[:, :, :-1], v[:, cols, :-1].transpose(1, 2), out=ds)
-            ds = scores.dropped(ds, chunk).add_(dout[:, :, -1:])
-        else:
+        if keep is None:
             torch.bmm(dout, v[:, cols].transpose(1, 2), out=ds)
+        else:
+            torch.bmm(dout[:, :, :-1], v[:, cols, :-1].transpose(1, 2), out=ds)
+            ds = scores.dropped(ds, keep).add_(dout[:, :, -1:])
         ds.mul_(weights)
         if slope is not None:
             ds.mul_(slope.masked_fill_(weights == 0, 0.0))

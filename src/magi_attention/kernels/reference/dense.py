@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from magi_attention.kernels.problem import Alibi
-from magi_attention.kernels.reference.modifiers import alibi_bias, kept
+from magi_attention.kernels.reference.modifiers import alibi_bias, kept, row_keys
 from magi_attention.mask.bands import INF
 
 
@@ -38,7 +38,8 @@ def dense_attention(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     dtype: torch.dtype | None = torch.float64,
-    dropout: tuple[float, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
     alibi: Alibi | None = None,
     batch: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,8 +53,8 @@ def dense_attention(
         softcap: 0 switches the cap off.
         dtype: everything is computed in this dtype; None keeps the inputs' dtype and multiplies matrices in it, with
             the softmax in at least fp32: the plain low-precision formula of the tolerance rule.
-        dropout: None, or its probability and the ``row_keys`` of all rows.
-        alibi, batch: None, or linear biases and which batch entry's.
+        dropout_p, rng_state: of the dropout; no state, no dropout.
+        alibi: None, or linear biases. batch: which batch entry's biases and dropout.
 
     Returns:
         out (T, H, DV), lse (T, H), max_logits (H,), all in the computing dtype (softmax dtype for the last two).
@@ -74,10 +75,10 @@ def dense_attention(
     lse = safe_logsumexp(logits)
     finite = torch.where(torch.isneginf(lse), 0.0, lse)
     weights = torch.exp(logits[:, :, : k.shape[0]] - finite[:, :, None]).to(work)
-    if dropout is not None:
-        probability, keys = dropout
-        cols = torch.arange(k.shape[0], device=q.device)
-        weights = weights * kept(keys, cols, probability) / (1 - probability)
+    if rng_state is not None:
+        rows, cols = (torch.arange(size, device=q.device) for size in (num_rows, k.shape[0]))
+        keys = row_keys(rng_state, batch, num_heads, rows)
+        weights = weights * kept(keys, cols, dropout_p) / (1 - dropout_p)
     out = (weights @ v_HSV).transpose(0, 1)
     return out, lse.transpose(0, 1), max_logits.detach()
 

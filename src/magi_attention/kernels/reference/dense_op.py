@@ -9,7 +9,6 @@ import torch
 from magi_attention.errors import complaint
 from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.reference.dense import dense_attention
-from magi_attention.kernels.reference.modifiers import row_keys
 
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,14 +40,6 @@ def backward(
     return dq, dk, dv, dsink
 
 
-def dropout_of(problem: Problem, batch: int) -> tuple[float, tuple[torch.Tensor, torch.Tensor]] | None:
-    """What ``dense_attention`` is told of the dropout of one batch entry."""
-    if problem.rng_state is None:
-        return None
-    rows = torch.arange(problem.q.shape[1], device=problem.q.device)
-    return problem.dropout_p, row_keys(problem.rng_state, batch, problem.q.shape[2], rows)
-
-
 def _evaluate(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch = problem.q.shape[0]
     if batch == 0:
@@ -67,7 +58,8 @@ def _evaluate(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
                 sink,
                 softmax_scale=problem.softmax_scale,
                 softcap=problem.softcap,
-                dropout=dropout_of(problem, b),
+                dropout_p=problem.dropout_p,
+                rng_state=problem.rng_state,
                 alibi=problem.alibi,
                 batch=b,
             )

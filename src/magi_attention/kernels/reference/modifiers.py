@@ -16,6 +16,9 @@ import torch
 
 from magi_attention.kernels.problem import Alibi
 
+Keys = tuple[torch.Tensor, torch.Tensor]
+"""The two keys of rows, int32, (..., rows)."""
+
 _LOW = 0xFFFFFFFF
 
 
@@ -24,9 +27,7 @@ def kept_below(dropout_p: float) -> int:
     return round((1.0 - dropout_p) * 65536)
 
 
-def row_keys(
-    rng_state: torch.Tensor, batch: int, num_heads: int, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def row_keys(rng_state: torch.Tensor, batch: int, num_heads: int, rows: torch.Tensor) -> Keys:
     """The two keys of every head and row of one batch entry: int32 (H, rows)."""
     seed, offset = (int(x) for x in rng_state.tolist())
     heads = torch.arange(num_heads, device=rows.device) + batch * num_heads
@@ -50,7 +51,7 @@ def _wrapped(x: torch.Tensor) -> torch.Tensor:
     return ((x & _LOW) ^ 0x80000000).sub_(0x80000000).to(torch.int32)
 
 
-def kept(keys: tuple[torch.Tensor, torch.Tensor], cols: torch.Tensor, dropout_p: float) -> torch.Tensor:
+def kept(keys: Keys, cols: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Which weights of rows with these ``keys`` (..., rows) dropout keeps: bool (..., rows, cols)."""
     first, second = (x[..., None] for x in keys)
     x = _wrapped((cols >> 1) * 0x9E3779B1) + first
