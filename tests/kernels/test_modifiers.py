@@ -98,6 +98,9 @@ def test_the_share_of_dropped_weights(p):
             dim, 0, dropped.shape[dim] - 1
         )
         assert abs(products.mean().item()) < 4 * p * (1 - p) / products.numel() ** 0.5
+    # Rows multiply the same keys of columns: what two rows do in two columns tells nothing of the fourth weight.
+    rectangles = (centred[:, 1:] * centred[:, :-1])[..., 1:] * (centred[:, 1:] * centred[:, :-1])[..., :-1]
+    assert abs(rectangles.mean().item()) < 4 * (p * (1 - p)) ** 2 / rectangles.numel() ** 0.5
 
 
 def test_backends_drop_the_same_weights():

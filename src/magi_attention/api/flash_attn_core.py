@@ -17,7 +17,7 @@ from magi_attention.attention import (
 from magi_attention.errors import check_type, complaint
 from magi_attention.kernels.problem import Alibi
 from magi_attention.kernels.reference.dense import dense_logits, multiplicity
-from magi_attention.kernels.reference.modifiers import kept, row_keys
+from magi_attention.kernels.reference.modifiers import column_keys, kept, row_keys
 from magi_attention.mask import Mask
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -199,6 +199,7 @@ def dropout_pattern(
         top = logits.amax(dim=2, keepdim=True) if k1 > k0 else logits.new_zeros(1)
         weights = torch.exp(logits - top.nan_to_num(neginf=0.0))
         keys = row_keys(options.state, b, q.shape[2], torch.arange(q0, q1, device=q.device))
-        keep = kept(keys, torch.arange(k0, k1, device=q.device), options.dropout_p)
+        cols = column_keys(options.state, torch.arange(k0, k1, device=q.device))
+        keep = kept(keys, cols, options.dropout_p)
         result[n, :, : q1 - q0, : k1 - k0] = torch.where(keep, weights, -weights)
     return result

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from magi_attention.kernels.problem import Alibi, Problem
-from magi_attention.kernels.reference.modifiers import Keys, alibi_bias, kept, row_keys
+from magi_attention.kernels.reference.modifiers import Keys, alibi_bias, column_keys, kept, row_keys
 from magi_attention.plan.cache import PlanKey, plan_cache
 from magi_attention.plan.tiles import run_geometry
 
@@ -145,13 +145,14 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
     lse = q.new_full((batch, num_rows, num_heads), -torch.inf, dtype=work)
     max_logits = q.new_full((num_kv_heads, group), -torch.inf, dtype=work)
     tiles, rooms = list(_tiles(problem)), (_Room(q, work), _Room(q, work))
+    columns = _column_keys(problem)
     for b in range(batch):
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
         for tile in tiles:
             rows = slice(tile.row_begin, tile.row_end)
             height = tile.row_end - tile.row_begin
             q_KRD = _fold(q[b, rows], num_kv_heads, work) * problem.softmax_scale
-            keys = _tile_keys(problem, b, tile)
+            keys = _tile_keys(problem, columns, b, tile)
             for heads, q_heads in _head_steps(num_kv_heads, group, q_KRD.shape[1]):
                 scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem, b, q_heads, keys, rooms)
                 tile_out, tile_lse, top = _attend(scores, v_KSV[heads])
@@ -171,7 +172,8 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
 class _Scores:
     """Scores of one tile of scaled queries ``q`` (K, R, D) with keys ``k`` (K, S, D), a chunk at a time.
 
-    ``heads`` are the query heads of batch entry ``batch`` that ``q`` holds, ``keys`` those of the dropout for all heads.
+    ``heads`` are the query heads of batch entry ``batch`` that ``q`` holds, ``keys`` those of the dropout for all heads'
+    rows and for all columns.
     Two rooms: one for the scores, one for what is made from them.
     """
 
@@ -181,7 +183,7 @@ class _Scores:
     problem: Problem
     batch: int
     heads: slice
-    keys: Keys | None
+    keys: tuple[Keys, torch.Tensor] | None
     rooms: tuple[_Room, _Room]
 
     def empty(self, room: int, chunk: _Chunk) -> torch.Tensor:
@@ -222,9 +224,9 @@ class _Scores:
         """(K, R, C) bool, the weights that dropout keeps; None without."""
         if self.keys is None:
             return None
-        first, second = self.keys
-        _, cols = self.pairs(chunk)
-        keep = kept((first[self.heads], second[self.heads]), cols, self.problem.dropout_p)
+        (multiplier, offset), cols = self.keys
+        rows = multiplier[self.heads], offset[self.heads]
+        keep = kept(rows, cols[chunk.begin : chunk.end], self.problem.dropout_p)
         return keep.view(*self.q.shape[:2], -1)
 
     def dropped(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
@@ -232,12 +234,21 @@ class _Scores:
         return x if keep is None else x.mul(keep).div_(1 - self.problem.dropout_p)
 
 
-def _tile_keys(problem: Problem, batch: int, tile: _Tile) -> Keys | None:
-    """The dropout's keys of the tile's rows, for all heads of a batch entry."""
+def _column_keys(problem: Problem) -> torch.Tensor | None:
+    """The dropout's keys of all columns."""
     if problem.rng_state is None:
         return None
+    return column_keys(problem.rng_state, torch.arange(problem.k.shape[1], device=problem.q.device))
+
+
+def _tile_keys(
+    problem: Problem, columns: torch.Tensor | None, batch: int, tile: _Tile
+) -> tuple[Keys, torch.Tensor] | None:
+    """The dropout's keys of the tile's rows, for all heads of a batch entry, and of all columns."""
+    if problem.rng_state is None or columns is None:
+        return None
     rows = torch.arange(tile.row_begin, tile.row_end, device=problem.q.device)
-    return row_keys(problem.rng_state, batch, problem.q.shape[2], rows)
+    return row_keys(problem.rng_state, batch, problem.q.shape[2], rows), columns
 
 
 def _attend(scores: _Scores, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -268,6 +279,7 @@ def backward(
     delta = _delta(out, dout, lse, dlse)
     dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     tiles, rooms = list(_tiles(problem)), (_Room(q, work), _Room(q, work))
+    columns = _column_keys(problem)
     for b in range(batch):
         k_KSD, v_KSV = _by_head(k[b], work), _by_head(v[b], work)
         dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
@@ -279,7 +291,7 @@ def backward(
             lse_KR1 = _fold(lse[b, rows, :, None], num_kv_heads, work)
             # (do, -delta) . (v, 1) = do . v - delta, without a pass over the scores.
             dout_KRV = torch.cat([dout_KRV, -_fold(delta[b, rows, :, None], num_kv_heads, work)], dim=2)
-            keys = _tile_keys(problem, b, tile)
+            keys = _tile_keys(problem, columns, b, tile)
             for heads, q_heads in _head_steps(num_kv_heads, group, q_KRD.shape[1]):
                 scores = _Scores(q_KRD[heads], k_KSD[heads], tile, problem, b, q_heads, keys, rooms)
                 dq_KRD = _tile_gradients(

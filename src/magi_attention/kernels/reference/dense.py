@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from magi_attention.kernels.problem import Alibi
-from magi_attention.kernels.reference.modifiers import alibi_bias, kept, row_keys
+from magi_attention.kernels.reference.modifiers import alibi_bias, column_keys, kept, row_keys
 from magi_attention.mask.bands import INF
 
 
@@ -78,7 +78,7 @@ def dense_attention(
     if rng_state is not None:
         rows, cols = (torch.arange(size, device=q.device) for size in (num_rows, k.shape[0]))
         keys = row_keys(rng_state, batch, num_heads, rows)
-        weights = weights * kept(keys, cols, dropout_p) / (1 - dropout_p)
+        weights = weights * kept(keys, column_keys(rng_state, cols), dropout_p) / (1 - dropout_p)
     out = (weights @ v_HSV).transpose(0, 1)
     return out, lse.transpose(0, 1), max_logits.detach()
 

@@ -17,7 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.triton.modifiers import biased, kept, load_keys, slope_of
+from magi_attention.kernels.triton.modifiers import (
+    biased,
+    kept,
+    load_column_keys,
+    load_keys,
+    slope_of,
+)
 from magi_attention.kernels.triton.primitives import (
     LOG2E,
     RUNTIME_SIZES,
@@ -87,24 +93,26 @@ def delta_kernel(
 
 @triton.jit
 def _score_gradient(
-    s, dp, lse2, delta, scale, softcap, seen, rows, cols, key_a, key_b, kept_below, kept_scale, slope, diagonal,
+    s, dp, lse2, delta, scale, softcap, seen, rows, cols, anchor, slope,
+    key_a, key_b, column_keys, kept_below, kept_scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """(weights that dv sees, ds) from raw scores q.k and dp = do.v.
 
-    ``lse2`` (log2 units), ``delta``, ``rows`` (queries), ``cols`` (keys) and the rows' keys are already broadcast.
+    ``lse2`` (log2 units), ``delta``, ``rows`` (queries, moved by the diagonal), ``cols`` (keys) and the dropout's keys
+    are already broadcast.
     """
     if SOFTCAP:
         capped = tanh(s * (scale / softcap))
         s = capped * (softcap * LOG2E)
     else:
         s = s * (scale * LOG2E)
-    p = tl.exp2(biased(s, rows, cols, slope, diagonal, ALIBI) - lse2)
+    p = tl.exp2(biased(s, rows, cols, anchor, slope, ALIBI) - lse2)
     if MASKED:
         p = tl.where(seen, p, 0.0)
     weights = p
     if DROPOUT:
-        keep = kept(key_a, key_b, cols, kept_below)
+        keep = kept(key_a, key_b, column_keys, kept_below)
         weights = tl.where(keep, p * kept_scale, 0.0)
         dp = tl.where(keep, dp * kept_scale, 0.0)
     ds = p * (dp - delta)
@@ -119,7 +127,7 @@ def _score_gradient(
 def _accumulate_dq(
     dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
     first, last, lo, hi, begin, end, gap_begin, gap, scale, softcap,
-    key_a, key_b, kept_below, kept_scale, slope, diagonal,
+    key_a, key_b, COL_KEYS, kept_below, kept_scale, slope, diagonal,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -142,9 +150,11 @@ def _accumulate_dq(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         seen = visible(rows, cols, last, lo, hi)
+        column_keys = load_column_keys(COL_KEYS, cols, last, DROPOUT)
         _, ds = _score_gradient(
-            s, dp, lse2[:, None], delta[:, None], scale, softcap, seen, rows[:, None], cols[None, :],
-            key_a[:, None], key_b[:, None], kept_below, kept_scale, slope, diagonal, MASKED, SOFTCAP, DROPOUT, ALIBI,
+            s, dp, lse2[:, None], delta[:, None], scale, softcap, seen, (rows + diagonal)[:, None], cols[None, :],
+            start, slope, key_a[:, None], key_b[:, None], column_keys[None, :], kept_below, kept_scale,
+            MASKED, SOFTCAP, DROPOUT, ALIBI,
         )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -161,7 +171,8 @@ def dq_kernel(
     LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    KEYS, num_keys: tl.int64, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+    ROW_KEYS, num_keys: tl.int64, COL_KEYS, kept_below, kept_scale: tl.float32,
+    SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr,
@@ -204,7 +215,7 @@ def dq_kernel(
     lse2 = tl.load(LSE2 + at, mask=live, other=float("inf"))
     delta = tl.load(DELTA + at, mask=live, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    key_a, key_b = load_keys(KEYS, num_keys, at, live, DROPOUT)
+    key_a, key_b = load_keys(ROW_KEYS, num_keys, at, live, DROPOUT)
 
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     for item in range(list_begin, list_begin + list_count):
@@ -220,14 +231,14 @@ def dq_kernel(
         dq = _accumulate_dq(
             dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
             first, last, lo, hi, full_begin, full_end, 0, 0, scale, softcap,
-            key_a, key_b, kept_below, kept_scale, slope, diagonal, False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_N,
-            BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            key_a, key_b, COL_KEYS, kept_below, kept_scale, slope, diagonal,
+            False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
         dq = _accumulate_dq(
             dq, q, dout, lse2, delta, K_DESC, K, stride_kt, V_DESC, V, stride_vt, batch, kv_head, rows,
             first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full, scale, softcap,
-            key_a, key_b, kept_below, kept_scale, slope, diagonal, True, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_N,
-            BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            key_a, key_b, COL_KEYS, kept_below, kept_scale, slope, diagonal,
+            True, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
     out = rows_at(head_of(DQ, batch, head, stride_db, stride_dh), row_begin, stride_dt, BLOCK_M, dims)
     tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
@@ -237,7 +248,7 @@ def dq_kernel(
 def _accumulate_dkdv(
     dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
     batch, first_head, group, keys, first, last, lo, hi, begin, num_blocks, gap_begin, gap, scale, softcap,
-    KEYS, num_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
+    ROW_KEYS, num_keys, column_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -285,13 +296,14 @@ def _accumulate_dkdv(
         )
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         seen = visible(keys, cols, last, lo, hi)
-        key_a, key_b = load_keys(KEYS, num_keys, at, cols < last, DROPOUT)
+        key_a, key_b = load_keys(ROW_KEYS, num_keys, at, cols < last, DROPOUT)
         slope, diagonal = slope_of(
             SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, batch, band, head, ALIBI
         )
         p, ds = _score_gradient(
-            s, dp, lse2[None, :], delta[None, :], scale, softcap, seen, cols[None, :], keys[:, None],
-            key_a[None, :], key_b[None, :], kept_below, kept_scale, slope, diagonal, MASKED, SOFTCAP, DROPOUT, ALIBI,
+            s, dp, lse2[None, :], delta[None, :], scale, softcap, seen, (cols + diagonal)[None, :], keys[:, None],
+            start, slope, key_a[None, :], key_b[None, :], column_keys[:, None], kept_below, kept_scale,
+            MASKED, SOFTCAP, DROPOUT, ALIBI,
         )  # fmt: skip
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -310,7 +322,8 @@ def dkdv_kernel(
     LSE2, DELTA,  # fp32 (B, H, T), contiguous
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    KEYS, num_keys: tl.int64, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+    ROW_KEYS, num_keys: tl.int64, COL_KEYS, kept_below, kept_scale: tl.float32,
+    SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -338,7 +351,8 @@ def dkdv_kernel(
     Q += batch.to(tl.int64) * stride_qb * 8
     DOUT += batch.to(tl.int64) * stride_gb * 8
     heads_before = batch * heads_per_batch * group
-    KEYS += heads_before.to(tl.int64) * num_rows
+    column_keys = load_column_keys(COL_KEYS, keys, key_end, DROPOUT)
+    ROW_KEYS += heads_before.to(tl.int64) * num_rows
     LSE2 += heads_before.to(tl.int64) * num_rows
     DELTA += heads_before.to(tl.int64) * num_rows
     for item in range(list_begin, list_begin + list_count):
@@ -351,15 +365,15 @@ def dkdv_kernel(
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
             batch, kv_head * group, group, keys, first, last, lo, hi, full_begin, num_full, 0, 0, scale, softcap,
-            KEYS, num_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
-            False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            ROW_KEYS, num_keys, column_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+            band, False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, Q_DESC, Q, stride_qt, stride_qh, DOUT_DESC, DOUT, stride_gt, stride_gh, LSE2, DELTA, num_rows,
             batch, kv_head * group, group, keys, first, last, lo, hi, 0, num_blocks - num_full, full_begin, num_full,
             scale, softcap,
-            KEYS, num_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, band,
-            True, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+            ROW_KEYS, num_keys, column_keys, kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+            band, True, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, TMA,
         )  # fmt: skip
     out = rows_at(head_of(DK, batch, kv_head, stride_dkb, stride_dkh), key_begin, stride_dkt, BLOCK_N, dims)
     tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])

@@ -9,7 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.triton.modifiers import biased, kept, row_keys, slope_of
+from magi_attention.kernels.triton.modifiers import (
+    biased,
+    kept,
+    load_column_keys,
+    load_keys,
+    slope_of,
+)
 from magi_attention.kernels.triton.primitives import (
     LN2,
     LOG2E,
@@ -28,7 +34,7 @@ from magi_attention.kernels.triton.primitives import (
 @triton.jit
 def _attend(
     acc, total, top, q, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, begin, end, gap_begin, gap,
-    scale, softcap, key_a, key_b, kept_below, slope, diagonal,
+    scale, softcap, key_a, key_b, COL_KEYS, kept_below, slope, diagonal,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,7 +54,7 @@ def _attend(
             s = softcap * LOG2E * tanh(s * (scale / softcap))
         elif MASKED or ALIBI:
             s = s * (scale * LOG2E)
-        s = biased(s, rows[:, None], cols[None, :], slope, diagonal, ALIBI)
+        s = biased(s, (rows + diagonal)[:, None], cols[None, :], start, slope, ALIBI)
         if MASKED:
             s = tl.where(visible(rows, cols, last, lo, hi), s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
@@ -65,7 +71,8 @@ def _attend(
             fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(kept(key_a[:, None], key_b[:, None], cols[None, :], kept_below), p, 0.0)
+            column_keys = load_column_keys(COL_KEYS, cols, last, DROPOUT)
+            p = tl.where(kept(key_a[:, None], key_b[:, None], column_keys[None, :], kept_below), p, 0.0)
         acc = acc * fade[:, None]
         v = load_rows(V, start, last - start, stride_vt, dims_v, MASKED, BLOCK_N, DV)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -84,7 +91,8 @@ def forward_kernel(
     MAX_LOGITS,  # fp32 (H,), starts at -inf
     TILES, BAND_LIST, BANDS, num_tiles, num_heads, heads_per_batch, wave, group, num_rows,
     scale: tl.float32, softcap: tl.float32,
-    RNG_STATE, kept_below, kept_scale: tl.float32, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+    ROW_KEYS, num_keys: tl.int64, COL_KEYS, kept_below, kept_scale: tl.float32,
+    SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     HAS_SINK: tl.constexpr, HAS_MAX: tl.constexpr, ACCUMULATE: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -111,7 +119,8 @@ def forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    key_a, key_b = row_keys(RNG_STATE, batch_head, rows, DROPOUT)
+    at_keys = batch_head.to(tl.int64) * num_rows + rows
+    key_a, key_b = load_keys(ROW_KEYS, num_keys, at_keys, live, DROPOUT)
 
     list_begin, list_count = tl.load(entry + 2), tl.load(entry + 3)
     for at in range(list_begin, list_begin + list_count):
@@ -126,13 +135,13 @@ def forward_kernel(
         num_full = full_end - full_begin
         acc, total, top = _attend(
             acc, total, top, q, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, full_begin, full_end, 0, 0,
-            scale, softcap, key_a, key_b, kept_below, slope, diagonal, False, SOFTCAP, DROPOUT, ALIBI, D, DV, BLOCK_N,
-            BLOCK_D, BLOCK_DV, PRECISION,
+            scale, softcap, key_a, key_b, COL_KEYS, kept_below, slope, diagonal, False, SOFTCAP, DROPOUT, ALIBI, D, DV,
+            BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         acc, total, top = _attend(
             acc, total, top, q, K, stride_kt, V, stride_vt, rows, first, last, lo, hi, 0, num_blocks - num_full,
-            full_begin, num_full, scale, softcap, key_a, key_b, kept_below, slope, diagonal, True, SOFTCAP, DROPOUT,
-            ALIBI, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            full_begin, num_full, scale, softcap, key_a, key_b, COL_KEYS, kept_below, slope, diagonal, True, SOFTCAP,
+            DROPOUT, ALIBI, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
 
     if HAS_MAX:

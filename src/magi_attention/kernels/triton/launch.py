@@ -19,7 +19,7 @@ from magi_attention.plan.tiles import TilePlan
 from magi_attention.plan.tiling import TileConfig, choose_tiles
 
 _DELTA_ROWS = 64
-_KEY_ROWS = 128
+_KEY_BLOCK = 128
 
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +39,7 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
         forward_kernel[grid](
             q, *strides(q), k, *strides(k), v, *strides(v), out, *strides(out),
             *optional(problem.sink, lse), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
-            lse if problem.rng_state is None else problem.rng_state, *_modifiers(problem, lse),
+            *dropout_keys(problem, lse), *_modifiers(problem, lse),
             HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, ACCUMULATE=problem.earlier is not None,
             **_features(problem), D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_options(tile, q),
@@ -68,7 +68,7 @@ def backward(
             lse, dsink, lse2, delta, 0, num_rows, num_heads, HAS_SINK=sink is not None, HAS_DLSE=dlse is not None,
             TILE=0, PACK=1, DV=head_dim_v, BLOCK_M=_DELTA_ROWS, BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
-    scalars = (*scalars, *_keys(problem, lse), *_modifiers(problem, lse))
+    scalars = (*scalars, *dropout_keys(problem, lse), *_modifiers(problem, lse))
     tile, plan = _plan("backward_dq", problem)
     if plan.num_tiles and batch:
         rows_tma = tma and tile.rows_in_registers
@@ -107,16 +107,19 @@ def _modifiers(problem: Problem, stand_in: torch.Tensor) -> tuple:
     return (*dropout, problem.alibi.slopes, *problem.alibi.slopes.stride(), problem.alibi.diagonals)
 
 
-def _keys(problem: Problem, stand_in: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The dropout's keys of all rows, and how many there are."""
+def dropout_keys(problem: Problem, stand_in: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """The dropout's keys of all rows, how many pairs of them there are, and those of all columns."""
     batch, num_rows, num_heads, _ = problem.q.shape
-    num_keys = batch * num_heads * num_rows
+    num_keys, num_cols = batch * num_heads * num_rows, problem.k.shape[1]
     if problem.rng_state is None or num_keys == 0:
-        return stand_in, num_keys
-    keys = torch.empty(2, num_keys, dtype=torch.int32, device=problem.q.device)
-    grid = (triton.cdiv(num_rows, _KEY_ROWS) * batch * num_heads,)
-    keys_kernel[grid](problem.rng_state, keys, num_rows, num_keys, BLOCK=_KEY_ROWS, num_warps=4)
-    return keys, num_keys
+        return stand_in, num_keys, stand_in
+    row_keys = torch.empty(2, num_keys, dtype=torch.int32, device=problem.q.device)
+    col_keys = torch.empty(num_cols, dtype=torch.int32, device=problem.q.device)
+    programs = triton.cdiv(num_rows, _KEY_BLOCK) * batch * num_heads + triton.cdiv(num_cols, _KEY_BLOCK)
+    keys_kernel[(programs,)](
+        problem.rng_state, row_keys, col_keys, batch * num_heads, num_rows, num_cols, BLOCK=_KEY_BLOCK, num_warps=4
+    )  # fmt: skip
+    return row_keys, num_keys, col_keys
 
 
 def _plan(kernel: str, problem: Problem) -> tuple[TileConfig, TilePlan]:

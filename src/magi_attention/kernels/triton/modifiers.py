@@ -8,55 +8,58 @@ import triton.language as tl
 from magi_attention.kernels.triton.primitives import LOG2E
 
 
-@triton.jit
-def row_keys(RNG_STATE, batch_head, rows, DROPOUT: tl.constexpr):
-    """The two 32-bit keys of each row; zeros without dropout."""
-    first = (rows * 0).to(tl.uint32)
-    second = first
-    if DROPOUT:
-        seed, offset = tl.load(RNG_STATE), tl.load(RNG_STATE + 1)
-        low = first + (offset & 0xFFFFFFFF).to(tl.uint32)
-        high = first + (offset >> 32).to(tl.uint32)
-        first, second, _, _ = tl.philox(seed, rows.to(tl.uint32), first + batch_head.to(tl.uint32), low, high)
-    return first, second
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_keys"])
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "num_cols"])
 def keys_kernel(
     RNG_STATE,
-    KEYS,  # int32 (2, B, H, T), contiguous
-    num_rows, num_keys: tl.int64,
+    ROW_KEYS,  # int32 (2, B, H, T), contiguous
+    COL_KEYS,  # int32 (S,), contiguous
+    num_heads, num_rows, num_cols,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of all rows, for kernels in which rows change from block to block; ``num_keys`` is B * H * T."""
-    blocks = tl.cdiv(num_rows, BLOCK)
-    batch_head = tl.program_id(0) // blocks
-    rows = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    first, second = row_keys(RNG_STATE, batch_head, rows, True)
-    at = KEYS + batch_head.to(tl.int64) * num_rows + rows
-    tl.store(at, first.to(tl.int32, bitcast=True), mask=rows < num_rows)
-    tl.store(at + num_keys, second.to(tl.int32, bitcast=True), mask=rows < num_rows)
+    """The keys of BLOCK rows of a head or, in the programs after those, of BLOCK columns; ``num_heads`` is B * H."""
+    row_blocks = tl.cdiv(num_rows, BLOCK)
+    head = tl.program_id(0) // tl.maximum(row_blocks, 1)
+    is_rows = tl.program_id(0) < row_blocks * num_heads
+    block = tl.where(
+        is_rows, tl.program_id(0) % tl.maximum(row_blocks, 1), tl.program_id(0) - row_blocks * num_heads
+    )
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    seed, offset = tl.load(RNG_STATE), tl.load(RNG_STATE + 1)
+    zero = (at * 0).to(tl.uint32)
+    owner = zero + tl.where(is_rows, head, -1).to(tl.uint32)
+    low = zero + (offset & 0xFFFFFFFF).to(tl.uint32)
+    high = zero + (offset >> 32).to(tl.uint32)
+    first, second, _, _ = tl.philox(seed, at.to(tl.uint32), owner, low, high)
+    first, second = first.to(tl.int32, bitcast=True), second.to(tl.int32, bitcast=True)
+    rows = ROW_KEYS + head.to(tl.int64) * num_rows + at
+    tl.store(rows, first | 1, mask=is_rows & (at < num_rows))
+    tl.store(rows + num_rows.to(tl.int64) * num_heads, second, mask=is_rows & (at < num_rows))
+    tl.store(COL_KEYS + at, first, mask=(at < num_cols) & (is_rows == 0))
 
 
 @triton.jit
-def load_keys(KEYS, num_keys, at, live, DROPOUT: tl.constexpr):
-    """The two keys of the rows at ``at`` in what ``keys_kernel`` wrote; anything without dropout."""
+def load_keys(ROW_KEYS, num_keys, at, live, DROPOUT: tl.constexpr):
+    """The two keys of the rows at ``at``, of ``num_keys`` in all; anything without dropout."""
     first, second = at, at
     if DROPOUT:
-        first = tl.load(KEYS + at, mask=live, other=0).to(tl.uint32, bitcast=True)
-        second = tl.load(KEYS + num_keys + at, mask=live, other=0).to(tl.uint32, bitcast=True)
+        first = tl.load(ROW_KEYS + at, mask=live, other=0)
+        second = tl.load(ROW_KEYS + num_keys + at, mask=live, other=0)
     return first, second
 
 
 @triton.jit
-def kept(first, second, cols, kept_below):
-    """Which weights dropout keeps; keys and columns broadcast against each other."""
-    x = (cols >> 1).to(tl.uint32) * 0x9E3779B1 + first
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ second ^ (x >> 13)) * 0xC2B2AE35
-    x = x ^ (x >> 16)
-    half = tl.where((cols & 1) == 0, x, x >> 16) & 0xFFFF
-    return half.to(tl.int32) < kept_below
+def load_column_keys(COL_KEYS, cols, last, DROPOUT: tl.constexpr):
+    """The keys of the columns before ``last``; anything without dropout."""
+    keys = cols
+    if DROPOUT:
+        keys = tl.load(COL_KEYS + cols, mask=cols < last, other=0)
+    return keys
+
+
+@triton.jit
+def kept(multiplier, offset, column_key, kept_below):
+    """Which weights dropout keeps; keys of rows and columns broadcast against each other."""
+    return multiplier * column_key + offset < kept_below
 
 
 @triton.jit
@@ -70,8 +73,11 @@ def slope_of(SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, batch, band, he
 
 
 @triton.jit
-def biased(s, rows, cols, slope, diagonal, ALIBI: tl.constexpr):
-    """Scores in units of log2 with their linear bias; rows and columns broadcast against each other."""
+def biased(s, rows, cols, anchor, slope, ALIBI: tl.constexpr):
+    """Scores in units of log2 with their linear bias; rows, moved by the diagonal, and columns broadcast.
+
+    ``anchor``, near the columns, makes small numbers of them: a difference of floats is cheaper than a conversion.
+    """
     if ALIBI:
-        s = s - slope * tl.abs(cols - rows - diagonal).to(tl.float32)
+        s = s - slope * tl.abs((cols - anchor).to(tl.float32) - (rows - anchor).to(tl.float32))
     return s
