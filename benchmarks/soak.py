@@ -6,8 +6,8 @@
     python benchmarks/soak.py --repeat --cases 30                      # 100 runs of each case, equal bit by bit
 
 A seed fixes the mask, the shapes, the features and the memory layout. What kernels are compiled for (head dimension,
-heads in a group, dtype, softcap, sink) follows from the seed modulo ``len(SPECIALISATIONS)``, and a shard holds whole
-classes of it, so that a process compiles little.
+heads in a group, dtype, softcap, sink, dropout, ALiBi) follows from the seed modulo ``len(SPECIALISATIONS)``, and a
+shard holds whole classes of it, so that a process compiles little.
 
 The rule sets one rounding error against another, and among thousands of cases, many of a few numbers only, the plain
 formula is lucky now and then: an error a little above its bound (``--near``) is listed and is no failure.
@@ -55,14 +55,24 @@ class Specialisation:
     dtype: torch.dtype
     softcap: bool
     sink: bool
+    dropout: bool
+    alibi: bool
 
 
 def _specialisations() -> tuple[Specialisation, ...]:
-    """Every head dimension with every group; dtype, softcap and sink go through their values beside them."""
+    """Every head dimension with every group; the others go through their values beside them."""
     halves = (torch.bfloat16, torch.float16)
     pairs = [(dim, group) for dim in (128, 64, 96, 192, 256) for group in (1, 4, 2, 8, 3, 6)]
     return tuple(
-        Specialisation(dim, group, halves[n % 7 % 2], softcap=n % 4 == 3, sink=n % 3 == 1)
+        Specialisation(
+            dim,
+            group,
+            halves[n % 7 % 2],
+            softcap=n % 4 == 3,
+            sink=n % 3 == 1,
+            dropout=dim <= 128 and n % 5 in (1, 4),
+            alibi=dim <= 128 and n % 5 in (3, 4),
+        )
         for n, (dim, group) in enumerate(pairs)
     )
 
@@ -184,6 +194,15 @@ def case_of(seed: int, device: torch.device, most: int) -> Case:
         softcap=float(rng.uniform(1, 40)) if spec.softcap else 0.0,
     )
     case = replace(case, dlse=case.dlse if rng.random() < 0.3 else None)
+    if spec.dropout:
+        state = torch.from_numpy(rng.integers(-(1 << 62), 1 << 62, size=2)).to(device)
+        case = replace(case, dropout_p=float(rng.uniform(0.01, 0.5)), rng_state=state)
+    if spec.alibi:
+        rows = () if rng.random() < 0.5 else (len(mask.table) if batch is None else batch,)
+        slopes = torch.from_numpy(rng.uniform(-0.02, 0.2, size=(*rows, heads[0])).astype(np.float32)).to(
+            device
+        )
+        case = replace(case, alibi_slopes=slopes)
     case = _in_layout(case, int(rng.integers(5)))
     return poisoned(case) if rng.random() < 0.7 else case
 
@@ -214,6 +233,8 @@ def fault_of(case: Case, backend: str, seed: int, near: float) -> tuple[str, flo
     # Each costs compilations: a third of the specialisations for maximum logits, for columns in parts, and for gradients
     # that promise their bits.
     extra = ("max logits", "parts", "deterministic")[seed % len(SPECIALISATIONS) // 3 % 3]
+    if extra == "parts" and case.modifiers.keys() - {"softcap"}:
+        extra = ""
     comparison = compare(case, backend=backend, max_logits=extra == "max logits")
     compared = {"": comparison}
     if extra == "parts":

@@ -102,7 +102,7 @@ def test_columns_in_parts_are_looked_at_too(monkeypatch, capsys):
     monkeypatch.setattr(
         oracle, "accumulate", lambda out, lse, *args, **settings: out.new_zeros(out.shape[-2])
     )
-    assert soak.main([*CPU, "--seed", "3", "--max-tokens", "90"]) == soak.BROKEN
+    assert soak.main([*CPU, "--seed", "5", "--max-tokens", "90"]) == soak.BROKEN
     assert "in parts" in capsys.readouterr().out
 
 

@@ -117,17 +117,27 @@ def test_packed_equals_one_by_one(dim, window):
 def test_the_host_does_not_wait():
     (q, k, v), cuts = packed_inputs()
     slopes = torch.rand(8, device=DEVICE)
+    longest, window = torch.tensor(343, device=DEVICE), torch.tensor(60, device=DEVICE)
 
     def step():
         out = fa.flash_attn_varlen_func(
-            q, k, v, cuts, cuts, torch.tensor(343, device=DEVICE), torch.tensor(343, device=DEVICE), 0.1, causal=True,
-            window_size=(torch.tensor(60, device=DEVICE), 0), alibi_slopes=slopes,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            cuts,
+            cuts,
+            longest,
+            longest,
+            0.1,
+            causal=True,
+            window_size=(window, 0),
+            alibi_slopes=slopes,
+        )
         fa3.flash_attn_varlen_func(
             q, k, v, cuts, cuts, 343, 343, causal=True, attention_chunk=64
         ).sum().backward()
         out.sum().backward()
-        fa.flash_attn_func(q[None], k[None], v[None], window_size=(torch.tensor(60, device=DEVICE), 0))
+        fa.flash_attn_func(q[None], k[None], v[None], window_size=(window, 0))
 
     step()
     torch.cuda.synchronize()

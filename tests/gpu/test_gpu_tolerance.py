@@ -122,12 +122,24 @@ def test_columns_in_parts(name, head_dim, backend):
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 128), (3, 3, 64), (8, 1, 40)], ids=str)
 @pytest.mark.parametrize("modifiers", ["dropout", "alibi", "both"])
 @pytest.mark.parametrize("name", ["documents", "window", "rows and keys in no band"])
-def test_dropout_and_alibi(name, modifiers, dtype, backend):
-    case = case_of(MASKS[name], dtype=dtype, sink=torch.randn(2, 4, device=DEVICE))
+def test_dropout_and_alibi(name, modifiers, shape, dtype, backend):
+    *heads, head_dim = shape
+    sink = torch.randn(2, heads[0], device=DEVICE)
+    case = case_of(MASKS[name], dtype=dtype, sink=sink, heads=tuple(heads), head_dim=head_dim)
     if modifiers != "alibi":
         case = replace(case, dropout_p=0.2, rng_state=torch.tensor([2**40 + 5, -9], device=DEVICE))
     if modifiers != "dropout":
-        case = replace(case, alibi_slopes=torch.rand(len(case.mask.table), 4, device=DEVICE))
+        case = replace(case, alibi_slopes=torch.rand(len(case.mask.table), heads[0], device=DEVICE))
     check(poisoned(case), backend)
+
+
+@pytest.mark.parametrize("place", [lambda mask: mask, on_device], ids=["host", "device"])
+@pytest.mark.parametrize("name", ["causal, few queries", "full", "covered twice", "nothing", "many bands"])
+def test_dropout_and_alibi_with_softcap_in_batches(name, place, backend):
+    case = case_of(place(MASKS[name]), batch=2, softcap=20.0)
+    slopes = torch.rand(2, 4, device=DEVICE) - 0.2  # some reward distance
+    state = torch.tensor([5, 7], device=DEVICE)
+    check(poisoned(replace(case, dropout_p=0.5, rng_state=state, alibi_slopes=0.1 * slopes)), backend)

@@ -27,7 +27,8 @@ from triton import JITFunction
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from magi_attention.kernels.hopper import launch
-from magi_attention.kernels.problem import Problem
+from magi_attention.kernels.problem import Alibi, Problem
+from magi_attention.kernels.triton import launch as portable
 
 
 class Recorder:
@@ -38,6 +39,11 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
+
+
+def _keys(problem: Problem, stand_in: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """``dropout_keys`` without a launch."""
+    return torch.zeros(8, dtype=torch.int32), 4, torch.zeros(1024, dtype=torch.int32)
 
 
 def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]]:
@@ -51,12 +57,16 @@ def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]]:
     bands = bands.repeat(tokens if variant.short else 1, 1)
     sink = lse if variant.sink else None
     earlier = (q.float(), lse.clone()) if variant.accumulate else None
-    problem = Problem(q, k, k.clone(), sink, bands, 1.0, float(variant.softcap), earlier=earlier)
+    problem = Problem(
+        q, k, k.clone(), sink, bands, 1.0, float(variant.softcap), earlier=earlier,
+        dropout_p=0.1 * variant.dropout, rng_state=torch.zeros(2, dtype=torch.int64) if variant.dropout else None,
+        alibi=Alibi(torch.zeros(1, len(bands), heads), bands[:, 5]) if variant.alibi else None,
+    )  # fmt: skip
     calls: list[tuple[Any, tuple, dict[str, Any]]] = []
     replaced = {
         name: Recorder(value, calls) for name, value in vars(launch).items() if isinstance(value, JITFunction)
     }
-    replaced["portable"] = mock.MagicMock()
+    replaced["portable"] = mock.Mock(modifiers=portable.modifiers, dropout_keys=_keys)
     replaced["_num_programs"] = mock.Mock(return_value=132)
     replaced["_work_counter"] = mock.Mock(return_value=torch.zeros(2, dtype=torch.int32))
     launch._forward_of.cache_clear()  # it remembers the kernel

@@ -24,9 +24,11 @@ class Variant:
     max_logits: bool = False
     short: bool = False
     accumulate: bool = False
+    dropout: bool = False
+    alibi: bool = False
 
     def __str__(self) -> str:
-        names = ("softcap", "sink", "max_logits", "short", "accumulate")
+        names = ("softcap", "sink", "max_logits", "short", "accumulate", "dropout", "alibi")
         flags = [flag for flag in names if getattr(self, flag)]
         return " ".join([self.kernel, str(self.head_dim), ELEMENTS[self.dtype], f"pack{self.group}", *flags])
 
@@ -55,7 +57,14 @@ def variants() -> list[Variant]:
         Variant("forward", 128, sink=True),
         Variant("forward", 128, group=4, accumulate=True),
         Variant("forward", 256, fp16, sink=True, accumulate=True),
+        Variant("forward", 64, fp16, dropout=True, alibi=True),
+        Variant("forward", 128, group=4, dropout=True),
+        Variant("forward", 128, group=4, alibi=True),
+        Variant("forward", 128, short=True, dropout=True, alibi=True),
         Variant("backward", 96),
+        Variant("backward", 64, fp16, dropout=True, alibi=True),
+        Variant("backward", 128, group=4, short=True, dropout=True),
+        Variant("backward", 128, alibi=True),
     ]
 
 

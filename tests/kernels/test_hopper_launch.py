@@ -170,7 +170,7 @@ def test_devices_do_not_share_a_form(kernel):
     first, second = (
         launch._forward_of(
             q.shape, q.stride(), k.shape, k.stride(), k.stride(), q.dtype, torch.device("cuda", index), 1,
-            False, False, False, 1.0, 0.0, 0,
+            False, False, False, False, False, 1.0, 0.0, 0,
         )
         for index in range(2)
     )  # fmt: skip

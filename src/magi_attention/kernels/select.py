@@ -22,6 +22,8 @@ DESCRIPTIONS = {
 }
 
 MAX_HEAD_DIM = 256
+MAX_MODIFIED_HEAD_DIM = 128
+"""Of Hopper calls with dropout or ALiBi."""
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -81,8 +83,8 @@ def _hopper_refusal(request: Request) -> str | None:
         return f"head dimensions {request.head_dim} of q, k and {request.head_dim_v} of v differ"
     if request.head_dim > MAX_HEAD_DIM or request.head_dim % 8:
         return f"head dimension {request.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
-    if request.modifiers:
-        return f"it has no {request.modifiers}"
+    if request.modifiers and request.head_dim > MAX_MODIFIED_HEAD_DIM:
+        return f"it has {request.modifiers} up to head dimension {MAX_MODIFIED_HEAD_DIM} only"
     return None
 
 

@@ -51,6 +51,7 @@ from magi_attention.kernels.hopper.compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from magi_attention.kernels.hopper.modifiers import bias, kept, row_keys, slope_of
 from magi_attention.kernels.hopper.primitives import (
     await_published,
     claim,
@@ -102,7 +103,8 @@ STAGGER = gl.constexpr(9)
 def producer(
     Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs,
     k_full, v_full, q_full, do_full, dirty, raw, DQ_STATE, heads_per_batch, units_per_kv, tiles_per_unit, num_keys,
-    PACK: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
+    PACK: gl.constexpr, BLOCK_Q: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = BLOCK_Q // PACK
     it = 0
@@ -112,11 +114,16 @@ def producer(
     kv_phase = 1
     run_blocks = await_run(raw, received)
     while run_blocks >= 0:
-        first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit = take_run(
-            raw, received
+        first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit, band = (
+            take_run(raw, received)
         )
         if run_blocks == 0:
             release_run(raw, received)
+        diagonal = 0
+        slope = 0
+        if ALIBI:
+            diagonal = gl.load(DIAGONALS + band)
+            slope = slope_of(SLOPES, stride_ab, stride_an, stride_ah, batch, band, unit)
         # Beyond the tensor the copy engine fills with zeros.
         live_keys = gl.where(row_end < num_keys, row_end - row_begin, BLOCK_K)
         if total > 0:
@@ -148,7 +155,7 @@ def producer(
             stage = it % Q_STAGES
             raw_wait(raw + (Q_FREE + stage) * 8, ((it // Q_STAGES) & 1) ^ 1)
             put_words(raw + BLOCK_WORDS + stage * 32, lo - column, hi - column, last - 1 - column, cuts)
-            put_word(raw + BLOCK_WORDS + stage * 32 + 16, first - column)
+            put_words(raw + BLOCK_WORDS + stage * 32 + 16, first - column, column + diagonal, slope, 0)
             erased = send_q(Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, unit * PACK, column, begin,
                             end, q_tile, stage, erased, BLOCK_Q)  # fmt: skip
             if total > 0:
@@ -257,11 +264,15 @@ def dq_product(ds, k_smem, W: gl.constexpr, D: gl.constexpr, layout: gl.constexp
 def consumer(
     DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
     k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full, raw,
-    scale, cap_scale, softmax_scale,
+    scale, cap_scale, softmax_scale, COL_KEYS, kept_below, kept_scale,
     W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
-    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """``scale`` takes a score (capped, if SOFTCAP) to units of log2; ``cap_scale`` a raw score to tanh's argument."""
+    """``scale`` takes a score (capped, if SOFTCAP) to units of log2; ``cap_scale`` a raw score to tanh's argument.
+
+    With dropout dP - delta is, up to a factor 1 / kept_scale that the gradients get at their end, either the product
+    begun at -delta / kept_scale, or only that beginning; the weight's sign says which.
+    """
     dtype: gl.constexpr = k_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_Q, 16]
@@ -273,6 +284,7 @@ def consumer(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]
     )
     a_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     k_smem = k_bufs.index(0).reshape((BLOCK_K, D))
     k_own = k_smem.slice(W * 64, 64, dim=0)
@@ -280,6 +292,7 @@ def consumer(
     DS_PARTS: gl.constexpr = BLOCK_K * BLOCK_Q // (64 * D)
     staging = reinterpret(ds_bufs, dtype, [2 * DS_PARTS, 1, 64, 1, D], DK_DESC.layout).index(W * DS_PARTS)
     s_zero = gl.zeros([64, BLOCK_Q], gl.float32, s_layout)
+    kept_share = 1.0 / kept_scale
     it = 0
     # Counted instead of it % Q_STAGES: there is no uniform division by three.
     stage = 0
@@ -293,6 +306,9 @@ def consumer(
         dk = gl.zeros([64, D], gl.float32, o_layout)
         dv = gl.zeros([64, D], gl.float32, o_layout)
         next_cuts = 0
+        key = get_word(tile_words + 4) + W * 64 + gl.arange(0, 64, layout=rows)
+        if DROPOUT:
+            column_keys = gl.load(COL_KEYS + key, mask=key < get_word(tile_words + 8), other=0)
         if num_blocks > 0:
             mbarrier.wait(k_full.index(0), kv_phase)
             mbarrier.wait(q_full.index(stage), phase)
@@ -308,9 +324,10 @@ def consumer(
             next_phase = phase ^ (next_stage == 0).to(gl.int32)
             q = q_bufs.index(stage).reshape((BLOCK_Q, D))
             do = do_bufs.index(do_stage).reshape((BLOCK_Q, D))
-            dp_start, _wide = gl.broadcast(
-                stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0).load(columns)[None, :], s_zero
-            )
+            delta = stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0).load(columns)
+            if DROPOUT:
+                delta = delta * kept_share
+            dp_start, _wide = gl.broadcast(delta[None, :], s_zero)
             dp_start = pinned(dp_start)
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             mbarrier.wait(do_full.index(do_stage), (it // DO_STAGES) & 1)
@@ -319,10 +336,24 @@ def consumer(
             s = warpgroup_mma_wait(1, deps=(s,))
             if SOFTCAP:
                 s = tanh(s * cap_scale)
-            p = gl.exp2(s * scale + lse[None, :])
+            if ALIBI:
+                _, first_query, slope, _ = get_words(raw + BLOCK_WORDS + stage * 32 + 16)
+                slope = gl.full([64], slope, gl.int32, rows).to(gl.float32, bitcast=True)
+                line = bias(slope, (first_query - key).to(gl.float32), BLOCK_Q, s_layout)
+                p = gl.exp2(s * scale + (lse[None, :] + line))
+            else:
+                p = gl.exp2(s * scale + lse[None, :])
             if cuts != 0:
                 p = hide(p, tile_words, raw + BLOCK_WORDS + stage * 32, W * 64, PACK, BLOCK_Q, s_layout)
-            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do, dv, is_async=True)
+            weights = p
+            if DROPOUT:
+                multiplier = row_keys(stats_bufs, stage, 2, BLOCK_Q, columns)
+                offset = row_keys(stats_bufs, stage, 3, BLOCK_Q, columns)
+                p = gl.where(
+                    kept(multiplier[None, :], offset[None, :], column_keys[:, None], kept_below), p, -p
+                )
+                weights = gl.maximum(p, 0.0)
+            dv = warpgroup_mma(gl.convert_layout(weights.to(dtype), a_layout), do, dv, is_async=True)
             if SOFTCAP:
                 p = p * (1.0 - s * s)
             if W == 0:  # noqa: SIM102  (one is known when compiling)
@@ -332,7 +363,11 @@ def consumer(
             mbarrier.wait(q_full.index(next_stage), next_phase, pred=i + 1 < num_blocks)
             next_cuts = get_uniform(raw + BLOCK_WORDS + next_stage * 32 + 12)
             dp = warpgroup_mma_wait(1, deps=(dp,))
-            ds = (p * dp).to(dtype)
+            if DROPOUT:
+                delta = stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0).load(columns) * kept_share
+                ds = (gl.abs(p) * gl.where(p > 0.0, dp, delta[None, :])).to(dtype)
+            else:
+                ds = (p * dp).to(dtype)
             raw_wait(raw + (DS_FREE + (it & 1)) * 8, ((it >> 1) & 1) ^ 1)
             ds_bufs.index(it & 1).slice(W * 64, 64, dim=0).store(ds)
             fence_proxy()
@@ -365,6 +400,8 @@ def consumer(
         batch, kv_head, _, _ = get_words(tile_words + 16)
         raw_arrive(raw + (TILE_FREE + (tiles & 1)) * 8)
         first_row = row_begin + W * 64
+        if DROPOUT:
+            dv = dv * kept_scale
         store_gradient(DV_DESC, DV, stride_vb, stride_vt, stride_vh, dv.to(dtype), staging, batch, first_row, row_end,
                        kv_head, HEAD_DIM, D, o_layout)  # fmt: skip
         tma_store_wait(0)
@@ -393,6 +430,7 @@ RUNTIME_SIZES = [
         "num_keys",
     ),
     *(f"stride_{tensor}{axis}" for tensor in "kv" for axis in "bth"),
+    *("kept_below", "stride_ab", "stride_an", "stride_ah"),
 ]
 
 
@@ -402,9 +440,12 @@ def backward_kernel(
     DQ_STATE,  # int32, one a Q block: 0 at the start, and at the end where the block has no dQ
     DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,  # strides in units of 8 elements
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave, parts,
-    tiles_per_unit, num_keys, scale, cap_scale, softmax_scale,
+    tiles_per_unit, num_keys, scale, cap_scale,
+    softmax_scale,  # of dK: with dropout times kept_scale
+    COL_KEYS,  # the dropout's keys of columns, int32 (S,)
+    kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     PACK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
-    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """``num_heads_kv`` counts batch * K/V heads; ``units_per_kv`` units of PACK query heads read each of them."""
@@ -416,7 +457,8 @@ def backward_kernel(
     do_bufs = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, BLOCK_Q // PACK, PACK, D], DO_DESC.layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_K, BLOCK_Q], swizzled)
     dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 128, 32], DQ_DESC.layout)
-    stats_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 2 * BLOCK_Q], STATS_DESC.layout)
+    STATISTICS: gl.constexpr = STATS_DESC.block_type.shape[0]
+    stats_bufs = gl.allocate_shared_memory(gl.float32, [Q_STAGES, STATISTICS], STATS_DESC.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
@@ -448,19 +490,20 @@ def backward_kernel(
             (consumer, (
                 DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
                 k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full,
-                raw, scale, cap_scale, softmax_scale,
-                gl.constexpr(0), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
+                raw, scale, cap_scale, softmax_scale, COL_KEYS, kept_below, kept_scale,
+                gl.constexpr(0), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP, DROPOUT, ALIBI,
             )),
             (consumer, (
                 DK_DESC, DV_DESC, DK, stride_kb, stride_kt, stride_kh, DV, stride_vb, stride_vt, stride_vh,
                 k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs, ds_bufs, dq_bufs, k_full, v_full, q_full, do_full,
-                raw, scale, cap_scale, softmax_scale,
-                gl.constexpr(1), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP,
+                raw, scale, cap_scale, softmax_scale, COL_KEYS, kept_below, kept_scale,
+                gl.constexpr(1), PACK, D, HEAD_DIM, BLOCK_Q, Q_STAGES, DO_STAGES, SOFTCAP, DROPOUT, ALIBI,
             )),
             (producer, (
                 Q_DESC, K_DESC, V_DESC, DO_DESC, STATS_DESC, k_bufs, v_bufs, q_bufs, do_bufs, stats_bufs,
                 k_full, v_full, q_full, do_full, dirty, raw, DQ_STATE,
-                heads_per_batch, units_per_kv, tiles_per_unit, num_keys, PACK, BLOCK_Q, Q_STAGES, DO_STAGES,
+                heads_per_batch, units_per_kv, tiles_per_unit, num_keys,
+                SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, PACK, BLOCK_Q, Q_STAGES, DO_STAGES, ALIBI,
             )),
             (scheduler, (
                 raw, TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_heads_kv, heads_per_batch, units_per_kv, wave,

@@ -40,20 +40,21 @@ def send_q(
     Q_DESC, STATS_DESC, q_bufs, stats_bufs, q_full, dirty, raw, batch, head, column, begin, end, q_tile, stage, erased,
     BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """Load a block of Q and its statistics, by way of the eraser when rows before ``begin`` or from ``end`` on are not
-    the run's."""
+    """Load a block of Q and its tile of statistics, by way of the eraser when rows before ``begin`` or from ``end`` on
+    are not the run's."""
     nbytes: gl.constexpr = Q_DESC.block_type.nbytes + STATS_DESC.block_type.nbytes
+    first_statistic = q_tile * STATS_DESC.block_type.shape[0]
     if (begin > 0) | (end < BLOCK_Q):
         slot = erased % ERASE_SLOTS
         put_words(raw + ERASE_WORDS + slot * 16, ERASE_Q, stage, begin, end)
         mbarrier.expect(dirty.index(slot), nbytes)
         tma_load(Q_DESC, [batch, column, head, 0], dirty.index(slot), q_bufs.index(stage))
-        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], dirty.index(slot), stats_bufs.index(stage))
+        tma_load(STATS_DESC, [first_statistic], dirty.index(slot), stats_bufs.index(stage))
         erased += 1
     else:
         mbarrier.expect(q_full.index(stage), nbytes)
         tma_load(Q_DESC, [batch, column, head, 0], q_full.index(stage), q_bufs.index(stage))
-        tma_load(STATS_DESC, [q_tile * 2 * BLOCK_Q], q_full.index(stage), stats_bufs.index(stage))
+        tma_load(STATS_DESC, [first_statistic], q_full.index(stage), stats_bufs.index(stage))
     return erased
 
 

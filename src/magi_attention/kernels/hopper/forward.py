@@ -28,6 +28,7 @@ from magi_attention.kernels.hopper.compat import (
     warpgroup_mma_wait,
 )
 from magi_attention.kernels.hopper.forward_output import add_out, conclude, store_out
+from magi_attention.kernels.hopper.modifiers import bends, bias, kept, put_line, row_modifiers, straight
 from magi_attention.kernels.hopper.primitives import (
     NAMED_BARRIERS,
     any_in_warp,
@@ -75,7 +76,8 @@ CUT_ABOVE = gl.constexpr(1)
 CUT_BELOW = gl.constexpr(2)
 BEGINS = gl.constexpr(4)  # the first block of a tile
 STOP = gl.constexpr(8)  # not a block: the stream has ended
-COUNT = gl.constexpr(16)  # times the number of blocks, with BEGINS
+BENDS = gl.constexpr(16)  # its linear bias changes direction
+COUNT = gl.constexpr(32)  # times the number of blocks, with BEGINS
 FAR = gl.constexpr(1 << 30)
 
 # Weights of a block may sum to this before the pivot moves: far from the largest fp16 number.
@@ -83,12 +85,20 @@ LIMIT = gl.constexpr(4096.0)
 
 
 @gluon.jit
-def send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, end, cuts, it, STAGES: gl.constexpr):
-    """Load the K block at ``column``; ``end`` is one past the last column of its run."""
+def send_k(K_DESC, KEYS_DESC, k_bufs, key_bufs, k_full, raw, batch, kv_head, column, lo, hi, end, cuts, it,
+           STAGES: gl.constexpr, DROPOUT: gl.constexpr):  # fmt: skip
+    """Load the K block at ``column``, with the dropout's keys; ``end`` is one past the last column of its run.
+
+    Those keys are read until the block's softmax is done, which the K stage does not wait for: their ring is longer.
+    """
     stage = it % STAGES
     raw_wait(raw + (K_FREE + stage) * 8, ((it // STAGES) & 1) ^ 1)
     put_words(raw + BLOCK_WORDS + it % BLOCK_SLOTS * 16, lo - column, hi - column, end - 1 - column, cuts)
-    mbarrier.expect(k_full.index(stage), K_DESC.block_type.nbytes)
+    if DROPOUT:
+        mbarrier.expect(k_full.index(stage), K_DESC.block_type.nbytes + KEYS_DESC.block_type.nbytes)
+        tma_load(KEYS_DESC, [column], k_full.index(stage), key_bufs.index(it % (STAGES + 1)))
+    else:
+        mbarrier.expect(k_full.index(stage), K_DESC.block_type.nbytes)
     tma_load(K_DESC, [batch, column, kv_head, 0], k_full.index(stage), k_bufs.index(stage))
 
 
@@ -127,8 +137,10 @@ def send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, head, tiles,
 
 @gluon.jit
 def producer(
-    Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw, num_cols,
-    PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr,
+    Q_DESC, K_DESC, V_DESC, KEYS_DESC, DIAGONALS, q_bufs, k_bufs, v_bufs, key_bufs, q_full, k_full, v_full, v_dirty, raw,
+    num_cols,
+    PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr, DROPOUT: gl.constexpr,
+    ALIBI: gl.constexpr,
 ):  # fmt: skip
     it = 0
     erased = 0
@@ -141,8 +153,8 @@ def producer(
     v_live = 0
     run_blocks = await_run(raw, received)
     while run_blocks >= 0:
-        first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit = take_run(
-            raw, received
+        first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit, band = (
+            take_run(raw, received)
         )
         if run_blocks == 0:
             # A block of zeros beyond the tensor, nothing visible: the rows' empty result.
@@ -157,7 +169,12 @@ def producer(
             cuts += gl.where(column < all_from, CUT_BELOW, 0)
             # The first block's message says how many the tile has.
             cuts += gl.where(total > 0, BEGINS + COUNT * total, 0)
-            send_k(K_DESC, k_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it, STAGES)
+            if ALIBI:
+                anchor = column - gl.load(DIAGONALS + band)
+                cuts += gl.where(bends(anchor, anchor + BLOCK_N, row_begin, row_end), BENDS, 0)
+                put_line(raw, it, anchor, band)
+            send_k(K_DESC, KEYS_DESC, k_bufs, key_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it,
+                   STAGES, DROPOUT)  # fmt: skip
             if total > 0:
                 send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, unit * PACK, tiles,
                        PACK, Q_BUFS)  # fmt: skip
@@ -235,7 +252,20 @@ def pass_turn(W: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, pivot, scale, cuts, HAS_MAX: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+def dropped(weights, key_bufs, block, multiplier, offset, kept_below,
+            STAGES: gl.constexpr, DROPOUT: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Weights that V is multiplied with."""
+    if DROPOUT:
+        column_keys = key_bufs.index(block % (STAGES + 1)).load(gl.SliceLayout(0, layout))
+        keep = kept(multiplier[:, None], offset[:, None], column_keys[None, :], kept_below)
+        weights = gl.where(keep, weights, 0.0)
+    return weights
+
+
+@gluon.jit
+def weigh(s, pivot, scale, cuts, slope, ahead, key_bufs, block, multiplier, offset, kept_below,
+          STAGES: gl.constexpr, HAS_MAX: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr, dtype: gl.constexpr,
+          layout: gl.constexpr):  # fmt: skip
     """Weights exp2(s * scale - pivot) of a whole block, their sums, and whether they must be computed anew.
 
     The pivot may stay below the maximum: weights above one are as precise, so the running maximum is looked for, and the
@@ -247,35 +277,58 @@ def weigh(s, pivot, scale, cuts, HAS_MAX: gl.constexpr, dtype: gl.constexpr, lay
     sums = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
     if not HAS_MAX:  # noqa: SIM102  (one is known when compiling)
         if cuts == 0:
-            weights = gl.exp2(s * scale - pivot[:, None])
+            if ALIBI:
+                weights = gl.exp2(s * scale + straight(slope, ahead, pivot, s.shape[1], layout))
+            else:
+                weights = gl.exp2(s * scale - pivot[:, None])
             sums = gl.sum(weights, 1)
+            weights = dropped(
+                weights, key_bufs, block, multiplier, offset, kept_below, STAGES, DROPOUT, layout
+            )
             p = rounded(weights, dtype)
             slow = any_in_warp(sums, LIMIT)
     return p, sums, slow
 
 
 @gluon.jit
-def reweigh(s, pivot, scale, dtype: gl.constexpr):
-    """Weights against the maximum so far, their sums, what earlier weights fade by, and that maximum."""
-    peak = gl.maximum(pivot, gl.max(s, 1) * scale)
+def reweigh(
+    s, pivot, scale, message, raw, block, tile, slope, ahead, key_bufs, multiplier, offset, kept_below,
+    W: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr,
+    dtype: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Weights of any block against the maximum so far, their sums, what earlier weights fade by, and that maximum."""
+    factor = scale
+    if ALIBI:
+        s = s * scale + bias(slope, ahead, s.shape[1], layout)
+        factor = 1.0
+    if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
+        s = hide(s, raw, block, tile, W, PACK, s.shape[1], layout)
+    peak = gl.maximum(pivot, gl.max(s, 1) * factor)
     base = gl.where(peak == -float("inf"), 0.0, peak)
-    weights = gl.exp2(s * scale - base[:, None])
-    return rounded(weights, dtype), gl.sum(weights, 1), gl.exp2(pivot - base), peak
+    weights = gl.exp2(s * factor - base[:, None])
+    sums = gl.sum(weights, 1)
+    weights = dropped(weights, key_bufs, block, multiplier, offset, kept_below, STAGES, DROPOUT, layout)
+    return rounded(weights, dtype), sums, gl.exp2(pivot - base), peak
 
 
 @gluon.jit
 def begin(
-    s, scale, cap_scale, message, raw, block, tile,
-    W: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr, SOFTCAP: gl.constexpr, dtype: gl.constexpr,
-    layout: gl.constexpr,
+    s, scale, cap_scale, message, raw, block, tile, modifiers, key_bufs, kept_below, num_rows, num_heads,
+    W: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr,
+    ALIBI: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Weights of a tile's first block from its raw scores, their sums and the pivot."""
     if SOFTCAP:
         s = tanh(s * cap_scale)
-    if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
-        s = hide(s, raw, block, tile, W, PACK, BLOCK_N, layout)
+    slope, ahead, multiplier, offset = row_modifiers(
+        modifiers, raw, block, raw + TILE_WORDS + tile % TILE_SLOTS * 16, num_rows, num_heads,
+        W, PACK, DROPOUT, ALIBI, gl.SliceLayout(1, layout),
+    )  # fmt: skip
     nothing = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, layout))
-    p, total, _fade, pivot = reweigh(s, nothing, scale, dtype)
+    p, total, _fade, pivot = reweigh(
+        s, nothing, scale, message, raw, block, tile, slope, ahead, key_bufs, multiplier, offset, kept_below,
+        W, PACK, STAGES, DROPOUT, ALIBI, dtype, layout,
+    )  # fmt: skip
     return p, total, pivot
 
 
@@ -289,8 +342,10 @@ def score(q_smem, k_smem, BLOCK_N: gl.constexpr, s_layout: gl.constexpr):
 @gluon.jit
 def attend(
     q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
+    modifiers, key_bufs, kept_below, num_rows, num_heads,
     W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_MAX: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_MAX: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Product of block ``it`` with its V, scores and softmax of the next block of the same tile."""
     dtype: gl.constexpr = k_bufs.dtype
@@ -298,6 +353,10 @@ def attend(
     stage = it % STAGES
     next_stage = (it + 1) % STAGES
     cuts = get_uniform(raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16 + 12)
+    slope, ahead, multiplier, offset = row_modifiers(
+        modifiers, raw, it + 1, raw + TILE_WORDS + tiles % TILE_SLOTS * 16, num_rows, num_heads,
+        W, PACK, DROPOUT, ALIBI, gl.SliceLayout(1, s_layout),
+    )  # fmt: skip
     take_turn(W)
     s = score(q_smem, k_bufs.index(next_stage).reshape((BLOCK_N, D)), BLOCK_N, s_layout)
     mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
@@ -307,12 +366,14 @@ def attend(
     raw_arrive(raw + (K_FREE + next_stage) * 8)
     if SOFTCAP:
         s = tanh(s * cap_scale)
-    p, sums, slow = weigh(s, pivot, scale, cuts, HAS_MAX, dtype, s_layout)
+    p, sums, slow = weigh(s, pivot, scale, cuts, slope, ahead, key_bufs, it + 1, multiplier, offset, kept_below,
+                          STAGES, HAS_MAX, DROPOUT, ALIBI, dtype, s_layout)  # fmt: skip
     fade = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
     if slow != 0:
-        if cuts != 0:
-            s = hide(s, raw, it + 1, tiles, W, PACK, BLOCK_N, s_layout)
-        p, sums, fade, pivot = reweigh(s, pivot, scale, dtype)
+        p, sums, fade, pivot = reweigh(
+            s, pivot, scale, cuts, raw, it + 1, tiles, slope, ahead, key_bufs, multiplier, offset, kept_below,
+            W, PACK, STAGES, DROPOUT, ALIBI, dtype, s_layout,
+        )  # fmt: skip
     total = total * fade + sums
     mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -325,10 +386,11 @@ def attend(
 @gluon.jit
 def consumer(
     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+    q_bufs, k_bufs, v_bufs, o_bufs, key_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+    modifiers, kept_below, kept_scale,
     W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr,
-    HAS_MAX: gl.constexpr, ACCUMULATE: gl.constexpr, STAGED: gl.constexpr,
+    HAS_MAX: gl.constexpr, ACCUMULATE: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """``scale`` takes a score (capped, if SOFTCAP) to units of log2; ``cap_scale`` a raw score to tanh's argument."""
     dtype: gl.constexpr = k_bufs.dtype
@@ -358,9 +420,8 @@ def consumer(
         pass_turn(W)
         s = warpgroup_mma_wait(0, deps=(s,))
         raw_arrive(raw + K_FREE * 8)
-        p, total, pivot = begin(
-            s, scale, cap_scale, message, raw, 0, 0, W, PACK, BLOCK_N, SOFTCAP, dtype, s_layout
-        )
+        p, total, pivot = begin(s, scale, cap_scale, message, raw, 0, 0, modifiers, key_bufs, kept_below, num_rows,
+                                num_heads, W, PACK, STAGES, SOFTCAP, DROPOUT, ALIBI, dtype, s_layout)  # fmt: skip
         p_op = gl.convert_layout(p, p_layout)
         it = 0
         tiles = 0
@@ -372,7 +433,8 @@ def consumer(
             for _block in range(1, message // COUNT):
                 p_op, acc, pivot, total = attend(
                     q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
-                    W, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, s_layout, o_layout,
+                    modifiers, key_bufs, kept_below, num_rows, num_heads,
+                    W, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, DROPOUT, ALIBI, s_layout, o_layout,
                 )  # fmt: skip
                 it += 1
 
@@ -395,7 +457,8 @@ def consumer(
                                      num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, ACCUMULATE, rows_of_s)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s,))
             raw_arrive(raw + (K_FREE + next_stage) * 8)
-            p, total, pivot = begin(s, scale, cap_scale, message, raw, it + 1, tiles, W, PACK, BLOCK_N, SOFTCAP, dtype,
+            p, total, pivot = begin(s, scale, cap_scale, message, raw, it + 1, tiles, modifiers, key_bufs, kept_below,
+                                    num_rows, num_heads, W, PACK, STAGES, SOFTCAP, DROPOUT, ALIBI, dtype,
                                     s_layout)  # fmt: skip
             mbarrier.wait(
                 k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(message & STOP) == 0
@@ -403,6 +466,8 @@ def consumer(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             raw_arrive(raw + (V_FREE + stage) * 8)
             p_op = gl.convert_layout(p, p_layout)
+            if DROPOUT:
+                weight = weight * kept_scale
             out = acc * gl.convert_layout(weight, rows_of_o)[:, None]
             if ACCUMULATE:
                 add_out(OUT, stride_ob, stride_ot, stride_oh, out, gl.convert_layout(share, rows_of_o), tile_words,
@@ -429,6 +494,7 @@ RUNTIME_SIZES = [
         "num_heads",
     ),
     *(f"stride_{tensor}{axis}" for tensor in "os" for axis in "bth"),
+    *("num_keys", "kept_below", "stride_ab", "stride_an", "stride_ah"),
 ]
 
 
@@ -441,8 +507,12 @@ def forward_kernel(
     MAX_LOGITS,  # fp32 (H,), starts at -inf
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
     num_rows, num_cols, num_heads, scale, cap_scale,
+    KEYS_DESC,  # of the dropout's keys of columns, int32 (S,)
+    ROW_KEYS, num_keys,  # int32 (2, B, H, T), contiguous, and half of its size
+    kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr, HAS_MAX: gl.constexpr, ACCUMULATE: gl.constexpr,
+    DROPOUT: gl.constexpr, ALIBI: gl.constexpr,
     STAGED: gl.constexpr, Q_BUFS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """A unit is PACK query heads of one K/V head; ``num_units`` counts those of all batches."""
@@ -455,6 +525,11 @@ def forward_kernel(
         o_bufs = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64 // PACK, PACK, columns], O_DESC.layout)
     else:
         o_bufs = q_bufs
+    if DROPOUT:
+        key_bufs = gl.allocate_shared_memory(gl.int32, [STAGES + 1, BLOCK_N], KEYS_DESC.layout)
+    else:
+        key_bufs = q_bufs
+    modifiers = (ROW_KEYS, num_keys, SLOPES, stride_ab, stride_an, stride_ah)
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG * Q_BUFS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -475,17 +550,21 @@ def forward_kernel(
         [
             (consumer, (
                 O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                gl.constexpr(0), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, ACCUMULATE, STAGED,
+                q_bufs, k_bufs, v_bufs, o_bufs, key_bufs, q_full, k_full, v_full, raw, num_rows, num_heads,
+                scale, cap_scale, modifiers, kept_below, kept_scale,
+                gl.constexpr(0), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, ACCUMULATE,
+                DROPOUT, ALIBI, STAGED,
             )),
             (consumer, (
                 O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-                gl.constexpr(1), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, ACCUMULATE, STAGED,
+                q_bufs, k_bufs, v_bufs, o_bufs, key_bufs, q_full, k_full, v_full, raw, num_rows, num_heads,
+                scale, cap_scale, modifiers, kept_below, kept_scale,
+                gl.constexpr(1), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, ACCUMULATE,
+                DROPOUT, ALIBI, STAGED,
             )),
             (producer, (
-                Q_DESC, K_DESC, V_DESC, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, v_dirty, raw,
-                num_cols, PACK, BLOCK_N, STAGES, Q_BUFS,
+                Q_DESC, K_DESC, V_DESC, KEYS_DESC, DIAGONALS, q_bufs, k_bufs, v_bufs, key_bufs, q_full, k_full, v_full,
+                v_dirty, raw, num_cols, PACK, BLOCK_N, STAGES, Q_BUFS, DROPOUT, ALIBI,
             )),
             (scheduler, (
                 raw, TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,7 +80,8 @@ def forward(
     device = q.device
     call = _forward_of(
         q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, device, problem.bands.shape[0], sink is not None,
-        need_max_logits, problem.earlier is not None, problem.softmax_scale, problem.softcap, problem.sm_margin,
+        need_max_logits, problem.earlier is not None, problem.rng_state is not None, problem.alibi is not None,
+        problem.softmax_scale, problem.softcap, problem.sm_margin,
     )  # fmt: skip
     if call is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return _forward_of_others(problem, need_max_logits)
@@ -100,10 +102,11 @@ def forward(
         *map(_framed, (q, k, v), call.frames), out_descriptor,
         out, *call.out_strides, *optional(sink, lse), lse, lse if max_logits is None else max_logits,
         plan.tiles, plan.band_list, plan.bands, _work_counter(device), num_tiles, *call.rest,
+        *_modifiers(problem, call.plan_key.block_cols, lse),
     )  # fmt: skip
     programs = min(num_tiles * call.num_units, call.max_programs)
     is_wide = call.is_wide or num_tiles > _INT32 or (sink is not None and max(sink.stride()) > _INT32)
-    call.form.start((programs,), arguments, is_wide, sink, *(problem.earlier or ()))
+    call.form.start((programs,), arguments, is_wide, sink, *(problem.earlier or ()), *_slopes(problem))
     return out, lse, max_logits
 
 
@@ -126,7 +129,8 @@ def _forward_of_others(
 def _forward_of(
     q_shape: tuple[int, ...], q_stride: tuple[int, ...], k_shape: tuple[int, ...], k_stride: tuple[int, ...],
     v_stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, num_bands: int, has_sink: bool,
-    need_max_logits: bool, accumulate: bool, softmax_scale: float, softcap: float, sm_margin: int,
+    need_max_logits: bool, accumulate: bool, dropout: bool, alibi: bool, softmax_scale: float, softcap: float,
+    sm_margin: int,
 ) -> _Forward | None:  # fmt: skip
     """None where the copy engine cannot read the tensors in place. v has the shape of k."""
     lse_shape = q_shape[:-1]
@@ -150,7 +154,8 @@ def _forward_of(
     constants = {
         "PACK": pack, "D": dim, "DV": head_dim, "BLOCK_N": tile.block_cols, "STAGES": tile.num_stages,
         "SOFTCAP": softcap > 0, "HAS_SINK": has_sink, "HAS_MAX": need_max_logits,
-        "ACCUMULATE": accumulate, "STAGED": tile.staged_out and not accumulate, "Q_BUFS": tile.num_q_buffers,
+        "ACCUMULATE": accumulate, "DROPOUT": dropout, "ALIBI": alibi and num_bands > 0,
+        "STAGED": tile.staged_out and not accumulate, "Q_BUFS": tile.num_q_buffers,
         "CONSUMER_REGS": tile.consumer_registers, "PRODUCER_REGS": tile.producer_registers,
     }  # fmt: skip
     out_strides = steps(q_shape, out_stride)
@@ -180,7 +185,10 @@ def backward(
     batch, num_rows, num_heads, head_dim = q.shape
     num_cols, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
-    pack = packed_heads_backward(group, has_short_runs(num_rows, problem.bands.shape[0]))
+    # With ALiBi the heads of a block would have slopes of their own.
+    pack = packed_heads_backward(
+        group, has_short_runs(num_rows, problem.bands.shape[0]) and problem.alibi is None
+    )
     tile, dim = hopper_backward_tile(head_dim), _padded(head_dim)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     key = PlanKey(num_rows, num_cols, tile.block_keys, tile.block_queries // pack, True, q.device)
@@ -190,7 +198,9 @@ def backward(
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * num_kv_heads,
         num_kv_heads, group // pack, wave(q, dout, num_kv_heads), _PARTS,
     )  # fmt: skip
-    scales = (*_scales(problem.softmax_scale, problem.softcap), problem.softmax_scale)
+    *row_keys, col_keys = portable.dropout_keys(problem, lse)
+    dk_scale = problem.softmax_scale / (1.0 - problem.dropout_p)
+    scales = (*_scales(problem.softmax_scale, problem.softcap), dk_scale)
     constants = {
         "PACK": pack, "D": dim, "HEAD_DIM": head_dim, "BLOCK_Q": tile.block_queries, "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages, "SOFTCAP": problem.softcap > 0,
@@ -198,7 +208,7 @@ def backward(
     }  # fmt: skip
     tiles_per_unit = triton.cdiv(num_rows * pack, tile.block_queries)
     num_blocks = batch * num_heads // pack * tiles_per_unit
-    tiled, dsink = _row_statistics(problem, out, lse, dout, dlse, pack, tile.block_queries)
+    tiled, dsink = _row_statistics(problem, out, lse, dout, dlse, row_keys, pack, tile.block_queries)
     dq_sum = lse.new_empty(num_blocks * tile.block_queries * dim // 32, 32)
     dq_state = torch.zeros(num_blocks, dtype=torch.int32, device=q.device)
     # The wide kernel takes dO in halves, and each of its warpgroups stores half of the columns of dK and dV.
@@ -206,20 +216,49 @@ def backward(
     dout_rows, part = (*rows[:3], min(dim, 128)), (1, 64, 1, min(dim, 128))
     arguments = (
         _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, dout_rows),
-        _descriptor(tiled, (2 * tile.block_queries,)), _descriptor(dq_sum, (128, 32)),
+        _descriptor(tiled, (_statistics(problem) * tile.block_queries,)), _descriptor(dq_sum, (128, 32)),
         _descriptor(dk, part), _descriptor(dv, part), dq_state, dk, *strides(dk), dv, *strides(dv),
         *work, tiles_per_unit, num_cols, *scales,
     )  # fmt: skip
-    kernel = backward_kernel if dim <= 128 else backward_wide_kernel
-    _start(kernel, (programs,), arguments, constants, tile.max_registers, q)
+    kernel: Any = backward_wide_kernel
+    if dim <= 128:
+        kernel = backward_kernel
+        arguments += (col_keys, *portable.modifiers(problem, lse))
+        constants |= _features(problem)
+    _start(kernel, (programs,), arguments, constants, tile.max_registers, q, *_slopes(problem))
     dq = torch.empty_like(q)
     parts = tile.block_queries * dim // 4096
     arguments = (
-        dq_sum, dq_state, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, problem.softmax_scale,
+        dq_sum, dq_state, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, dk_scale,
     )  # fmt: skip
     constants = {"PACK": pack, "D": head_dim, "BLOCK_Q": tile.block_queries, "PARTS": parts}
     _start(gather_dq_kernel, (num_blocks, parts), arguments, constants, None, q)
     return dq, dk, dv, dsink
+
+
+def _statistics(problem: Problem) -> int:
+    """Values that the backward reads of a row."""
+    return 2 if problem.rng_state is None else 4
+
+
+def _features(problem: Problem) -> dict[str, bool]:
+    return {
+        "DROPOUT": problem.rng_state is not None,
+        "ALIBI": problem.alibi is not None and len(problem.bands) > 0,
+    }
+
+
+def _slopes(problem: Problem) -> tuple[torch.Tensor, ...]:
+    return () if problem.alibi is None else (problem.alibi.slopes, problem.alibi.diagonals)
+
+
+def _modifiers(problem: Problem, block_cols: int, stand_in: torch.Tensor) -> tuple:
+    """What the forward is told of dropout and ALiBi; ``stand_in`` for what it does not read."""
+    if problem.rng_state is None and problem.alibi is None:
+        return (stand_in, stand_in, 0, 0, 1.0, stand_in, 0, 0, 0, stand_in)
+    row_keys, num_keys, col_keys = portable.dropout_keys(problem, stand_in)
+    columns = stand_in if problem.rng_state is None else _descriptor(col_keys, (block_cols,))
+    return (columns, row_keys, num_keys, *portable.modifiers(problem, stand_in))
 
 
 def _row_statistics(
@@ -228,21 +267,23 @@ def _row_statistics(
     lse: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
+    row_keys: Sequence[Any],
     pack: int,
     tile: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-lse in units of log2 and -delta, together in tiles of ``tile`` rows; dsink."""
+    """-lse in units of log2, -delta and the dropout's keys, together in tiles of ``tile`` rows; dsink."""
     batch, num_rows, num_heads, head_dim = problem.q.shape
     sink = problem.sink
     tiles_per_unit = triton.cdiv(num_rows * pack, tile)
-    tiled = lse.new_empty(batch * num_heads // pack * tiles_per_unit * 2 * tile)
+    tiled = lse.new_empty(batch * num_heads // pack * tiles_per_unit * _statistics(problem) * tile)
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
     arguments = (
         out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
-        lse, dsink, tiled, tiled, tiles_per_unit, num_rows, num_heads,
+        lse, dsink, tiled, tiled, *row_keys, tiles_per_unit, num_rows, num_heads,
     )  # fmt: skip
     constants = {
-        "HAS_SINK": sink is not None, "HAS_DLSE": dlse is not None, "TILE": tile, "PACK": pack,
+        "HAS_SINK": sink is not None, "HAS_DLSE": dlse is not None,
+        "DROPOUT": problem.rng_state is not None, "TILE": tile, "PACK": pack,
         "DV": head_dim, "BLOCK_M": _DELTA_ROWS, "BLOCK_DV": triton.next_power_of_2(head_dim),
     }  # fmt: skip
     grid = (triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)

@@ -125,9 +125,11 @@ def scheduler(
             for unit in range(first_unit, first_unit + num_walks):
                 for at in range(list_begin, list_begin + list_count):
                     first, last, run_blocks, all_from, all_to, lo, hi = 0, 0, 0, 0, 0, 0, 0
+                    band = 0
                     if num_blocks > 0:
+                        band = gl.load(BAND_LIST + at)
                         first, last, run_blocks, all_from, all_to, lo, hi = run_of(
-                            BANDS, gl.load(BAND_LIST + at), row_begin, row_end, BLOCK, OWNS_KEYS
+                            BANDS, band, row_begin, row_end, BLOCK, OWNS_KEYS
                         )
                     if (run_blocks > 0) | (num_blocks == 0):
                         slot = sent % RUN_SLOTS
@@ -136,7 +138,7 @@ def scheduler(
                         put_words(words, first, last, all_from, all_to)
                         put_words(words + 16, lo, hi, run_blocks, total)
                         put_words(words + 32, row_begin, row_end, batch, kv_head)
-                        put_words(words + 48, unit, 0, 0, 0)
+                        put_words(words + 48, unit, band, 0, 0)
                         raw_arrive(raw + (RUN_FULL + slot) * 8)
                         sent += 1
                         total = 0
@@ -162,13 +164,13 @@ def await_run(raw, received):
 @gluon.jit
 def take_run(raw, received):
     """The run that ``await_run`` announced: (first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch,
-    kv_head, unit)."""
+    kv_head, unit, band)."""
     words = raw + RUN_WORDS + received % RUN_SLOTS * 64
     first, last, all_from, all_to = get_words(words)
     lo, hi, _, total = get_words(words + 16)
     row_begin, row_end, batch, kv_head = get_words(words + 32)
-    unit = get_word(words + 48)
-    return first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit
+    unit, band, _, _ = get_words(words + 48)
+    return first, last, all_from, all_to, lo, hi, total, row_begin, row_end, batch, kv_head, unit, band
 
 
 @gluon.jit

@@ -47,12 +47,14 @@ def delta_kernel(
     DLSE, stride_lb: tl.int64, stride_lt: tl.int64, stride_lh: tl.int64,
     LSE, DSINK,  # fp32 (B, T, H), contiguous
     LSE2, DELTA,  # fp32 (B, H / PACK, T, PACK), contiguous: what the gradient kernels read, lse in units of log2
+    ROW_KEYS, num_keys: tl.int64,  # of the dropout
     tiles_per_unit, num_rows, num_heads,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """TILE > 0 stores -lse (-inf for a row that sees nothing: its weights become 0) and -delta in LSE2, in tiles of TILE
-    rows, ``tiles_per_unit`` for each unit of PACK heads: TILE values of the one, then TILE of the other."""
+    rows, ``tiles_per_unit`` for each unit of PACK heads: TILE values of the one, then TILE of the other, and with dropout
+    of the bits of both keys."""
     # Heads of the same rows run together: their memory is contiguous.
     head, batch = tl.program_id(0) % num_heads, tl.program_id(1)
     first_row = tl.program_id(0) // num_heads * BLOCK_M
@@ -77,9 +79,15 @@ def delta_kernel(
     if TILE > 0:
         row_in_unit = rows * PACK + head % PACK
         tile = unit * tiles_per_unit + row_in_unit // TILE
-        at_tile = tile * (2 * TILE) + row_in_unit % TILE
+        STATISTICS: tl.constexpr = 4 if DROPOUT else 2
+        at_tile = tile * (STATISTICS * TILE) + row_in_unit % TILE
         tl.store(LSE2 + at_tile, tl.where(blind, lse, -lse * LOG2E), mask=live)
         tl.store(LSE2 + at_tile + TILE, -delta, mask=live)
+        if DROPOUT:
+            at_keys = (batch.to(tl.int64) * num_heads + head) * num_rows + rows
+            first, second = load_keys(ROW_KEYS, num_keys, at_keys, live, DROPOUT)
+            tl.store(LSE2 + at_tile + 2 * TILE, first.to(tl.float32, bitcast=True), mask=live)
+            tl.store(LSE2 + at_tile + 3 * TILE, second.to(tl.float32, bitcast=True), mask=live)
     else:
         at_stats = (unit * num_rows + rows) * PACK + head % PACK
         tl.store(DELTA + at_stats, delta, mask=live)
