@@ -23,7 +23,8 @@ class Configuration:
     """One mask at one length and shape, and who runs it.
 
     ``batch`` sequences share the mask; with 1 the tensors have no batch axis. With ``bursts`` a sample is several
-    calls in a row, see ``replay``; without, it is one forward and its backward.
+    calls in a row, see ``replay``; without, it is one forward and its backward. Without ``capture`` a burst is never a
+    graph: for subjects that do in every captured call what they do once otherwise.
     """
 
     mask: str
@@ -39,6 +40,7 @@ class Configuration:
     seed: int = 0
     batch: int = 1
     bursts: bool = False
+    capture: bool = True
 
     @property
     def backward(self) -> bool:
@@ -105,7 +107,9 @@ class Bench:
                 row.status, row.reason, row.check = status, reason, verdict.figures
         del oracle, inputs
         if config.bursts:
-            entrants = [repeated(entrant, config.directions, self.watch) for entrant in entrants]
+            entrants = [
+                repeated(entrant, config.directions, self.watch, config.capture) for entrant in entrants
+            ]
         # On the CPU the check has warmed everything, and a burst was called before it was captured.
         warmup = 0 if self.device.type == "cpu" else 1 if config.bursts else 2
         race(entrants, self.watch, config.directions, config.rounds, config.limit_seconds, warmup)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -115,22 +115,30 @@ def cold_start_seconds(backend: str, device: torch.device) -> dict[str, dict[str
     return readings
 
 
+def measure_host(
+    report: Report, device: torch.device, subjects: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Record host times by subject, or why they could not be had. Returns those that were had."""
+    figures = {}
+    for name in subjects:
+        label = f"host microseconds a call, {name}"
+        try:
+            figures[name] = host_microseconds(name, device)
+            report.add_cost(label, figures[name])
+        except Exception as error:
+            report.add_cost(label, first_line(error))
+    return figures
+
+
 def measure_launch(report: Report, device: torch.device, subjects: list[str]) -> bool:
     """Record host and cold-start times, or why they could not be had. Returns whether ours were had."""
-    complete = True
     ours = [name for name in subjects if SUBJECTS[name].ours]
-    tasks: list[tuple[str, bool, Callable[[], object]]] = [
-        (f"host microseconds a call, {name}", name in ours, lambda name=name: host_microseconds(name, device))
-        for name in subjects
-    ]
-    tasks += [
-        (f"cold start seconds, {name}", True, lambda name=name: cold_start_seconds(name, device))
-        for name in ours[:1]
-    ]
-    for label, needed, task in tasks:
+    complete = measure_host(report, device, subjects).keys() >= set(ours)
+    for name in ours[:1]:
+        label = f"cold start seconds, {name}"
         try:
-            report.add_cost(label, task())
+            report.add_cost(label, cold_start_seconds(name, device))
         except Exception as error:
-            complete = complete and not needed
+            complete = False
             report.add_cost(label, first_line(error))
     return complete

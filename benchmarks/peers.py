@@ -3,6 +3,8 @@
 | name | what it is | masks |
 |---|---|---|
 | blockwise, triton, hopper | ours: ``attention(..., backend=name)`` | all |
+| flash_attn | ours: ``flash_attn_func`` | one sequence: full, causal, window |
+| flash_attn_varlen | ours: ``flash_attn_varlen_func``, boundaries on the device | not blocks, not trees |
 | sdpa | torch SDPA, its own choice of kernel | full, causal |
 | sdpa-cudnn, sdpa-flash, sdpa-efficient, sdpa-math | torch SDPA held to one kernel | full, causal |
 | sdpa-boolmask | torch SDPA with a dense boolean mask | all (quadratic memory) |
@@ -44,7 +46,8 @@ class Subject:
         name: the name used on the command line and in the report.
         prepare: ``prepare(work, device) -> run``; what a user does once per mask, outside the timing. Raises
             Unsupported.
-        layout: "thd" when ``run`` takes and returns (T, H, D) or (B, T, H, D), "bhtd" for (B, H, T, D).
+        layout: "thd" when ``run`` takes and returns (T, H, D) or (B, T, H, D), "bthd" for (B, T, H, D) only, "bhtd"
+            for (B, H, T, D).
         ours: whether this is our library.
         per_shape: it compiles anew for every mask and length.
         missing: returns why the subject cannot be used on a device type, or None when it can.
@@ -59,15 +62,16 @@ class Subject:
 
     def arrange(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fresh contiguous copy of (T, H, D) or (B, T, H, D) in this subject's layout."""
-        if self.layout == "thd":
-            return tensor.detach().clone()
-        return _batched(tensor.detach()).transpose(1, 2).contiguous()
+        if self.layout == "bhtd":
+            return _batched(tensor.detach()).transpose(1, 2).contiguous()
+        return (_batched(tensor) if self.layout == "bthd" else tensor).detach().clone()
 
     def restore(self, tensor: torch.Tensor, batched: bool) -> torch.Tensor:
         """View of a tensor in this subject's layout as (B, T, H, D) when ``batched``, else (T, H, D)."""
         if self.layout == "thd":
             return tensor
-        return tensor.transpose(1, 2) if batched else tensor[0].transpose(0, 1)
+        tensor = tensor.transpose(1, 2) if self.layout == "bhtd" else tensor
+        return tensor if batched else tensor[0]
 
 
 def _batched(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,6 +92,38 @@ def _ours(backend: str, device_type: str) -> Subject:
 
 def _only_on(device_type: str) -> Callable[[str], str | None]:
     return lambda have: None if have == device_type else f"runs on {device_type} only"
+
+
+def _prepare_flash_attn(work: Workload, device: torch.device) -> Run:
+    from magi_attention.api.flash_attn_interface import flash_attn_func
+
+    settings = _window(work, -1)
+    if len(work.segments) != 2:
+        raise Unsupported("flash_attn_func knows no packed documents")
+    return lambda q, k, v: flash_attn_func(q, k, v, **settings)
+
+
+def _prepare_flash_attn_varlen(work: Workload, device: torch.device) -> Run:
+    from magi_attention.api.flash_attn_interface import flash_attn_varlen_func
+
+    # The same boundary tensors in every call: the mask made from them is remembered by their identity.
+    settings = _window(work, -1) | _boundaries(work, device)
+    return lambda q, k, v: flash_attn_varlen_func(q, k, v, **settings)
+
+
+def _window(work: Workload, open_side: int | None) -> dict[str, Any]:
+    """The mask as FlashAttention's arguments; ``open_side`` stands for "no limit on this side"."""
+    if not work.varlen:
+        raise Unsupported("window kernels do not know this mask")
+    sides = (open_side, open_side) if work.window is None else (work.window - 1, 0)
+    return {"causal": work.causal, "window_size": sides}
+
+
+def _boundaries(work: Workload, device: torch.device) -> dict[str, Any]:
+    """The documents as FlashAttention's arguments, on the device."""
+    cuts = torch.from_numpy(work.segments).to(device, torch.int32)
+    longest = int(np.diff(work.segments).max())
+    return {"cu_seqlens_q": cuts, "cu_seqlens_k": cuts, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
 def _sdpa(name: str, backend: SDPBackend | None = None) -> Subject:
@@ -166,23 +202,13 @@ def _flash(name: str, module_name: str, open_window: int | None) -> Subject:
         return None
 
     def prepare(work: Workload, device: torch.device) -> Run:
-        if not work.varlen:
-            raise Unsupported("window kernels do not know this mask")
+        settings = _window(work, open_window)
         module = _flash_module(module_name)
-        window = (open_window, open_window) if work.window is None else (work.window - 1, 0)
-        settings = {"causal": work.causal, "window_size": window}
         if len(work.segments) == 2:
             return lambda q, k, v: _first(
                 module.flash_attn_func(_batched(q), _batched(k), _batched(v), **settings)
             ).view_as(q)
-        cuts = torch.from_numpy(work.segments).to(device, torch.int32)
-        longest = int(np.diff(work.segments).max())
-        settings |= {
-            "cu_seqlens_q": cuts,
-            "cu_seqlens_k": cuts,
-            "max_seqlen_q": longest,
-            "max_seqlen_k": longest,
-        }
+        settings |= _boundaries(work, device)
         return lambda q, k, v: _first(module.flash_attn_varlen_func(q, k, v, **settings))
 
     return Subject(name, prepare, missing=missing)
@@ -204,6 +230,8 @@ SUBJECTS: dict[str, Subject] = {
         _ours("blockwise", "cpu"),
         _ours("triton", "cuda"),
         _ours("hopper", "cuda"),
+        Subject("flash_attn", _prepare_flash_attn, layout="bthd", ours=True),
+        Subject("flash_attn_varlen", _prepare_flash_attn_varlen, ours=True),
         _sdpa("sdpa"),
         _sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
         _sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION),

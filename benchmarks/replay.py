@@ -65,8 +65,13 @@ def on_stream(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextMan
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
-def repeated(entrant: Entrant, directions: tuple[str, ...], watch: CudaStopwatch | WallStopwatch) -> Repeated:
-    """``entrant`` with bursts instead of single calls; ``failure`` is set when a call raises."""
+def repeated(
+    entrant: Entrant, directions: tuple[str, ...], watch: CudaStopwatch | WallStopwatch, capture: bool = True
+) -> Repeated:
+    """``entrant`` with bursts instead of single calls; ``failure`` is set when a call raises.
+
+    Without ``capture`` the calls of a burst are queued, not captured.
+    """
     q, k, v, dout = entrant.leaves
     stream = torch.cuda.Stream(q.device) if q.is_cuda else None
     result = Repeated(entrant.name, entrant.run, entrant.leaves, stream=stream)
@@ -80,7 +85,7 @@ def repeated(entrant: Entrant, directions: tuple[str, ...], watch: CudaStopwatch
                 "backward": lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True),
             }
             for direction in directions:
-                burst = burst_of(calls[direction], stream, watch)
+                burst = burst_of(calls[direction], stream, watch, capture)
                 result.bursts[direction] = burst
                 result.timed[direction] = burst.how
     except Exception as error:
@@ -88,13 +93,20 @@ def repeated(entrant: Entrant, directions: tuple[str, ...], watch: CudaStopwatch
     return result
 
 
-def burst_of(call: Call, stream: torch.cuda.Stream | None, watch: CudaStopwatch | WallStopwatch) -> Burst:
+def burst_of(
+    call: Call,
+    stream: torch.cuda.Stream | None,
+    watch: CudaStopwatch | WallStopwatch,
+    capture: bool = True,
+) -> Burst:
     """Calls it until warm, and decides how many calls a sample has. ``stream`` is current."""
     call()
     if stream is None:
         return Burst(call, call, 1, WallStopwatch.how)
     seconds = watch(call)[1]()
     calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
+    if not capture:
+        return _queued(call, calls, "not wanted")
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:

@@ -22,14 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import ahead, features, hopper, launch, memory, overheads, targets
+from benchmarks import ahead, features, flash, hopper, launch, memory, overheads, targets
 from benchmarks.bench import DTYPES, Bench, Configuration
 from benchmarks.masks import FAMILIES, OTHERS
 from benchmarks.peers import SUBJECTS, default_subjects, first_line
 from benchmarks.report import Report, environment, print_table, ratios
 from benchmarks.timing import DIRECTIONS
 
-PROFILES = ("cpu", "h200", "plan", *hopper.PROFILES, "hopper-features", "hopper-launch")
+GRID_PROFILES = (*hopper.PROFILES, flash.PROFILE)
+PROFILES = ("cpu", "h200", "plan", *GRID_PROFILES, "hopper-features", "hopper-launch")
 
 
 def grid(args: argparse.Namespace) -> list[Configuration]:
@@ -110,7 +111,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="recorded with the figures; default: what git says of the checkout")
     parser.add_argument("--json", type=Path, help="write everything here, after every configuration")
     parser.add_argument(
-        "--shrink", type=int, default=1, help="divide the lengths of a hopper profile, for a dry run on a CPU"
+        "--shrink",
+        type=int,
+        default=1,
+        help="divide the lengths of a hopper profile or of flash-attn, for a dry run on a CPU",
     )
     for direction in DIRECTIONS:
         parser.add_argument(
@@ -134,7 +138,7 @@ def _fill_defaults(args: argparse.Namespace) -> None:
     available = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = args.device or {"cpu": "cpu", "h200": "cuda"}.get(profile, available)
     on_gpu = args.device == "cuda"
-    is_hopper = profile.startswith("hopper-")
+    is_hopper = profile.startswith("hopper-") or profile == flash.PROFILE
     args.limited = {name: getattr(args, name) for name in ("masks", "tokens") if getattr(args, name)}
     defaults = {
         "masks": list(FAMILIES),
@@ -151,15 +155,20 @@ def _fill_defaults(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     special = {**hopper.PROFILES, "hopper-features": ("hopper",)}
-    special["hopper-launch"] = ("hopper", "triton", "sdpa-cudnn")
+    special |= {
+        "hopper-launch": ("hopper", "triton", "sdpa-cudnn"),
+        flash.PROFILE: flash.DEFAULT_SUBJECTS,
+    }
     args.subjects = args.subjects or list(special.get(profile, ())) or default_subjects(args.device)
 
 
-def hopper_grid(args: argparse.Namespace) -> list[Configuration]:
-    """The configurations of a hopper profile; masks and lengths that the command line names, if it names any."""
-    configs = hopper.configurations(
-        args.profile, args.subjects, args.rounds, args.limit_seconds, args.dtype, args.shrink
-    )
+def profile_grid(args: argparse.Namespace) -> list[Configuration]:
+    """The configurations of a profile; masks and lengths that the command line names, if it names any."""
+    settings = (args.subjects, args.rounds, args.limit_seconds, args.dtype, args.shrink)
+    if args.profile == flash.PROFILE:
+        configs = flash.configurations(*settings)
+    else:
+        configs = hopper.configurations(args.profile, *settings)
     masks, tokens = args.limited.get("masks"), args.limited.get("tokens")
     return [c for c in configs if (not masks or c.mask in masks) and (not tokens or c.tokens in tokens)]
 
@@ -203,11 +212,13 @@ def run_profile(args: argparse.Namespace, report: Report) -> bool:
             report, args.subjects[0], args.dtype, args.rounds, args.limit_seconds, args.shrink
         )
         return True
-    if args.profile in hopper.PROFILES:
-        configs = hopper_grid(args)
+    if args.profile in GRID_PROFILES:
+        configs = profile_grid(args)
         if device.type == "cuda" and not args.no_ahead:
             report.add_cost("seconds of compilation ahead", ahead.compile_ahead(configs, args.device))
         run_grid(args, report, configs, begin)
+        if args.profile == flash.PROFILE:
+            return flash.conclude(report, device, args.subjects)
         hopper_targets(report, args)
         return True
     run_grid(args, report, cpu_grid(args) if args.profile == "cpu" else grid(args), begin)

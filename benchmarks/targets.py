@@ -1,9 +1,9 @@
-"""What a run of a Hopper profile should reach, held against it."""
+"""What a run of a profile for Hopper GPUs should reach, held against it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.hopper import DOCUMENTS
 from benchmarks.report import Report, Row
@@ -19,6 +19,9 @@ FLEX_GAIN = 1.6
 DOCUMENT_FLEX_GAIN = 1.5
 DOCUMENT_BOUND = 0.85
 WORST_CELL = 0.97
+FLASH_GAIN = {"forward": 1.8, "backward": 1.65}
+NATIVE_SHARE = {"forward": 0.97, "backward": 0.97}
+HOST_MICROSECONDS = 40.0
 
 
 def speedups(rows: Iterable[Row], ours: str, peer: str) -> dict[tuple[CellKey, str], float]:
@@ -122,3 +125,25 @@ def document_targets(report: Report, ours: str, shares: dict[str, float]) -> Non
             report.add_target(f"{DOCUMENTS} {direction}: {ours} / flex", gain, DOCUMENT_FLEX_GAIN)
     for direction, share in shares.items():
         report.add_target(f"{DOCUMENTS} {direction}: {ours} / bound of tile rounding", share, DOCUMENT_BOUND)
+
+
+def mean_targets(report: Report, label: str, ours: str, peer: str, at_least: Mapping[str, float]) -> None:
+    """Geometric mean of the speed of ``ours`` over ``peer``, by direction, over the cells of ``ours`` in this run.
+
+    The name says how many cells there should be and were.
+    """
+    gains = speedups(report.rows, ours, peer)
+    for direction in DIRECTIONS:
+        wanted = sum((row.subject, row.direction) == (ours, direction) for row in report.rows)
+        values = [gain for (_, each), gain in gains.items() if each == direction]
+        if values:
+            name = f"{label} {direction}: {ours} / {peer}, mean of {len(values)} of {wanted} cells"
+            report.add_target(name, _geomean(values), at_least[direction])
+
+
+def host_targets(report: Report, host: Mapping[str, Mapping[str, float]]) -> None:
+    """Host microseconds of a forward call by subject: as large as allowed, over measured."""
+    for name, figures in host.items():
+        for call in ("forward without gradients", "forward"):
+            label = f"host time of {name}, {call}: {HOST_MICROSECONDS:.0f} us / measured"
+            report.add_target(label, HOST_MICROSECONDS / figures[call], 1.0)

@@ -68,8 +68,9 @@ def test_a_page_without_the_marks_is_refused(results, tmp_path):
 
 def test_the_page_on_performance_has_marks_for_every_profile():
     page = (ROOT / "docs" / "performance.md").read_text()
-    for profile in ("dense", "masks", "docs", "features", "launch"):
-        assert tables.fill(page, {f"hopper-{profile}": "x"})
+    hopper = [f"hopper-{name}" for name in ("dense", "masks", "docs", "features", "launch")]
+    for profile in (*hopper, "flash-attn"):
+        assert tables.fill(page, {profile: "x"})
 
 
 def test_pictures_have_a_bar_for_every_figure(results, tmp_path):

@@ -71,6 +71,16 @@ def test_a_call_that_cannot_be_captured_is_queued_as_often(device):
     assert len(count) == 4
 
 
+def test_calls_that_are_not_to_be_captured_are_queued(device):
+    device()
+    count = []
+    burst = replay.burst_of(lambda: count.append(1), FakeStream(), FakeWatch(1e-3), capture=False)
+    assert burst.how.startswith("4 queued calls")
+    count.clear()
+    burst.go()
+    assert len(count) == 4
+
+
 def test_a_graph_keeps_the_tensors_of_its_call(device):
     device()
 

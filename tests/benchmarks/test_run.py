@@ -83,6 +83,29 @@ def test_own_cpu_backend_passes_its_check_on_every_mask(measure):
     assert [row for row in document["rows"] if row["status"] != "ok"] == []
 
 
+def test_functions_with_flash_attentions_names_take_the_masks_they_can_say(measure):
+    names = ["flash_attn", "flash_attn_varlen"]
+    code, document = measure(["--tokens", "128", "--subjects", *names, "--rounds", "1"])
+    done = {
+        name: {r["mask"] for r in document["rows"] if (r["subject"], r["status"]) == (name, "ok")}
+        for name in names
+    }
+    assert code == 0
+    assert done["flash_attn"] == {"full", "causal", "swa_causal_1024"}
+    assert done["flash_attn_varlen"] == done["flash_attn"] | {"varlen_full", "varlen_causal"}
+    assert {row["status"] for row in document["rows"]} == {"ok", "unsupported"}
+
+
+@pytest.mark.parametrize("layout", ["thd", "bthd", "bhtd"])
+@pytest.mark.parametrize("shape", [(5, 3, 2), (4, 5, 3, 2)], ids=["packed", "batch"])
+def test_a_tensor_comes_back_from_every_layout(layout, shape):
+    subject, tensor = peers.Subject("x", lambda work, device: None, layout=layout), torch.randn(shape)
+    arranged = subject.arrange(tensor)
+    assert arranged.is_contiguous() and arranged.data_ptr() != tensor.data_ptr()
+    assert arranged.dim() == (tensor.dim() if layout == "thd" else 4)
+    assert torch.equal(subject.restore(arranged, tensor.dim() == 4), tensor)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
