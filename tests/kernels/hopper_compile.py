@@ -43,7 +43,7 @@ class Recorder:
 
 def _keys(problem: Problem, stand_in: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
     """``dropout_keys`` without a launch."""
-    return torch.zeros(8, dtype=torch.int32), 4, torch.zeros(1024, dtype=torch.int32)
+    return torch.zeros(8, dtype=torch.int32), 4, torch.zeros(4, 1024, dtype=torch.int32)
 
 
 def launched(variant: Variant) -> tuple[Any, tuple, dict[str, Any]]:

@@ -51,7 +51,7 @@ from magi_attention.kernels.hopper.compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from magi_attention.kernels.hopper.modifiers import bias, kept, row_keys, slope_of
+from magi_attention.kernels.hopper.modifiers import bias, marked, marked_gradient, row_keys, slope_of
 from magi_attention.kernels.hopper.primitives import (
     await_published,
     claim,
@@ -349,9 +349,7 @@ def consumer(
             if DROPOUT:
                 multiplier = row_keys(stats_bufs, stage, 2, BLOCK_Q, columns)
                 offset = row_keys(stats_bufs, stage, 3, BLOCK_Q, columns)
-                p = gl.where(
-                    kept(multiplier[None, :], offset[None, :], column_keys[:, None], kept_below), p, -p
-                )
+                p = marked(p, multiplier[None, :], offset[None, :], column_keys[:, None], kept_below)
                 weights = gl.maximum(p, 0.0)
             dv = warpgroup_mma(gl.convert_layout(weights.to(dtype), a_layout), do, dv, is_async=True)
             if SOFTCAP:
@@ -365,7 +363,7 @@ def consumer(
             dp = warpgroup_mma_wait(1, deps=(dp,))
             if DROPOUT:
                 delta = stats_bufs.index(stage).slice(BLOCK_Q, BLOCK_Q, dim=0).load(columns) * kept_share
-                ds = (gl.abs(p) * gl.where(p > 0.0, dp, delta[None, :])).to(dtype)
+                ds = marked_gradient(p, dp, delta[None, :]).to(dtype)
             else:
                 ds = (p * dp).to(dtype)
             raw_wait(raw + (DS_FREE + (it & 1)) * 8, ((it >> 1) & 1) ^ 1)

@@ -28,7 +28,16 @@ from magi_attention.kernels.hopper.compat import (
     warpgroup_mma_wait,
 )
 from magi_attention.kernels.hopper.forward_output import add_out, conclude, store_out
-from magi_attention.kernels.hopper.modifiers import bends, bias, kept, put_line, row_modifiers, straight
+from magi_attention.kernels.hopper.modifiers import (
+    aligned_keys,
+    bends,
+    bias,
+    dropped,
+    put_line,
+    row_modifiers,
+    scaled,
+    straight,
+)
 from magi_attention.kernels.hopper.primitives import (
     NAMED_BARRIERS,
     any_in_warp,
@@ -85,8 +94,8 @@ LIMIT = gl.constexpr(4096.0)
 
 
 @gluon.jit
-def send_k(K_DESC, KEYS_DESC, k_bufs, key_bufs, k_full, raw, batch, kv_head, column, lo, hi, end, cuts, it,
-           STAGES: gl.constexpr, DROPOUT: gl.constexpr):  # fmt: skip
+def send_k(K_DESC, KEYS_DESC, k_bufs, key_bufs, k_full, raw, num_cols, batch, kv_head, column, lo, hi, end, cuts,
+           it, STAGES: gl.constexpr, DROPOUT: gl.constexpr):  # fmt: skip
     """Load the K block at ``column``, with the dropout's keys; ``end`` is one past the last column of its run.
 
     Those keys are read until the block's softmax is done, which the K stage does not wait for: their ring is longer.
@@ -96,7 +105,8 @@ def send_k(K_DESC, KEYS_DESC, k_bufs, key_bufs, k_full, raw, batch, kv_head, col
     put_words(raw + BLOCK_WORDS + it % BLOCK_SLOTS * 16, lo - column, hi - column, end - 1 - column, cuts)
     if DROPOUT:
         mbarrier.expect(k_full.index(stage), K_DESC.block_type.nbytes + KEYS_DESC.block_type.nbytes)
-        tma_load(KEYS_DESC, [column], k_full.index(stage), key_bufs.index(it % (STAGES + 1)))
+        keys = key_bufs.index(it % (STAGES + 1))
+        tma_load(KEYS_DESC, [aligned_keys(column, num_cols)], k_full.index(stage), keys)
     else:
         mbarrier.expect(k_full.index(stage), K_DESC.block_type.nbytes)
     tma_load(K_DESC, [batch, column, kv_head, 0], k_full.index(stage), k_bufs.index(stage))
@@ -173,8 +183,8 @@ def producer(
                 anchor = column - gl.load(DIAGONALS + band)
                 cuts += gl.where(bends(anchor, anchor + BLOCK_N, row_begin, row_end), BENDS, 0)
                 put_line(raw, it, anchor, band)
-            send_k(K_DESC, KEYS_DESC, k_bufs, key_bufs, k_full, raw, batch, kv_head, column, lo, hi, last, cuts, it,
-                   STAGES, DROPOUT)  # fmt: skip
+            send_k(K_DESC, KEYS_DESC, k_bufs, key_bufs, k_full, raw, num_cols, batch, kv_head, column, lo, hi, last, cuts,
+                   it, STAGES, DROPOUT)  # fmt: skip
             if total > 0:
                 send_q(Q_DESC, q_bufs, q_full, raw, batch, row_begin, row_end, unit * PACK, tiles,
                        PACK, Q_BUFS)  # fmt: skip
@@ -252,13 +262,12 @@ def pass_turn(W: gl.constexpr):
 
 
 @gluon.jit
-def dropped(weights, key_bufs, block, multiplier, offset, kept_below,
+def applied(weights, key_bufs, block, multiplier, offset, kept_below,
             STAGES: gl.constexpr, DROPOUT: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Weights that V is multiplied with."""
+    """The weights that V is multiplied with."""
     if DROPOUT:
-        column_keys = key_bufs.index(block % (STAGES + 1)).load(gl.SliceLayout(0, layout))
-        keep = kept(multiplier[:, None], offset[:, None], column_keys[None, :], kept_below)
-        weights = gl.where(keep, weights, 0.0)
+        keys = key_bufs.index(block % (STAGES + 1)).load(gl.SliceLayout(0, layout))
+        weights = dropped(weights, multiplier[:, None], offset[:, None], keys[None, :], kept_below)
     return weights
 
 
@@ -278,11 +287,11 @@ def weigh(s, pivot, scale, cuts, slope, ahead, key_bufs, block, multiplier, offs
     if not HAS_MAX:  # noqa: SIM102  (one is known when compiling)
         if cuts == 0:
             if ALIBI:
-                weights = gl.exp2(s * scale + straight(slope, ahead, pivot, s.shape[1], layout))
+                weights = gl.exp2(scaled(s, scale, straight(slope, ahead, pivot, s.shape[1], layout)))
             else:
                 weights = gl.exp2(s * scale - pivot[:, None])
             sums = gl.sum(weights, 1)
-            weights = dropped(
+            weights = applied(
                 weights, key_bufs, block, multiplier, offset, kept_below, STAGES, DROPOUT, layout
             )
             p = rounded(weights, dtype)
@@ -299,7 +308,7 @@ def reweigh(
     """Weights of any block against the maximum so far, their sums, what earlier weights fade by, and that maximum."""
     factor = scale
     if ALIBI:
-        s = s * scale + bias(slope, ahead, s.shape[1], layout)
+        s = scaled(s, scale, bias(slope, ahead, s.shape[1], layout))
         factor = 1.0
     if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
         s = hide(s, raw, block, tile, W, PACK, s.shape[1], layout)
@@ -307,7 +316,7 @@ def reweigh(
     base = gl.where(peak == -float("inf"), 0.0, peak)
     weights = gl.exp2(s * factor - base[:, None])
     sums = gl.sum(weights, 1)
-    weights = dropped(weights, key_bufs, block, multiplier, offset, kept_below, STAGES, DROPOUT, layout)
+    weights = applied(weights, key_bufs, block, multiplier, offset, kept_below, STAGES, DROPOUT, layout)
     return rounded(weights, dtype), sums, gl.exp2(pivot - base), peak
 
 
@@ -321,7 +330,7 @@ def begin(
     if SOFTCAP:
         s = tanh(s * cap_scale)
     slope, ahead, multiplier, offset = row_modifiers(
-        modifiers, raw, block, raw + TILE_WORDS + tile % TILE_SLOTS * 16, num_rows, num_heads,
+        modifiers, raw, block, raw + TILE_WORDS + tile % TILE_SLOTS * 16, num_rows, num_heads, (message & STOP) == 0,
         W, PACK, DROPOUT, ALIBI, gl.SliceLayout(1, layout),
     )  # fmt: skip
     nothing = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, layout))
@@ -354,7 +363,7 @@ def attend(
     next_stage = (it + 1) % STAGES
     cuts = get_uniform(raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16 + 12)
     slope, ahead, multiplier, offset = row_modifiers(
-        modifiers, raw, it + 1, raw + TILE_WORDS + tiles % TILE_SLOTS * 16, num_rows, num_heads,
+        modifiers, raw, it + 1, raw + TILE_WORDS + tiles % TILE_SLOTS * 16, num_rows, num_heads, True,
         W, PACK, DROPOUT, ALIBI, gl.SliceLayout(1, s_layout),
     )  # fmt: skip
     take_turn(W)
@@ -507,7 +516,7 @@ def forward_kernel(
     MAX_LOGITS,  # fp32 (H,), starts at -inf
     TILES, BAND_LIST, BANDS, COUNTER, num_tiles, num_units, units_per_batch, units_per_kv, wave, parts,
     num_rows, num_cols, num_heads, scale, cap_scale,
-    KEYS_DESC,  # of the dropout's keys of columns, int32 (S,)
+    KEYS_DESC,  # of the dropout's keys of columns, as ``aligned_keys`` finds them
     ROW_KEYS, num_keys,  # int32 (2, B, H, T), contiguous, and half of its size
     kept_below, kept_scale, SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS,
     PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,

@@ -257,7 +257,7 @@ def _modifiers(problem: Problem, block_cols: int, stand_in: torch.Tensor) -> tup
     if problem.rng_state is None and problem.alibi is None:
         return (stand_in, stand_in, 0, 0, 1.0, stand_in, 0, 0, 0, stand_in)
     row_keys, num_keys, col_keys = portable.dropout_keys(problem, stand_in)
-    columns = stand_in if problem.rng_state is None else _descriptor(col_keys, (block_cols,))
+    columns = stand_in if problem.rng_state is None else _descriptor(col_keys.view(-1), (block_cols,))
     return (columns, row_keys, num_keys, *portable.modifiers(problem, stand_in))
 
 

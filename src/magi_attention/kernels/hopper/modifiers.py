@@ -28,15 +28,19 @@ def put_line(raw, block, anchor, band):
 
 @gluon.jit
 def row_modifiers(
-    modifiers, raw, block, tile_words, num_rows, num_heads,
+    modifiers, raw, block, tile_words, num_rows, num_heads, exists,
     W: gl.constexpr, PACK: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """What a warpgroup's 64 rows need for a block: (slope in units of log2, the block's first column relative to the
-    row, multiplier, offset); zeros without ALiBi or dropout."""
+    row, multiplier, offset); zeros without ALiBi or dropout.
+
+    Without a block that ``exists`` the messages hold anything.
+    """
     ROW_KEYS, num_keys, SLOPES, stride_ab, stride_an, stride_ah = modifiers
     row_begin, row_end, batch, head = get_words(tile_words)
     packed = gl.arange(0, 64, layout=layout)
     row = row_begin + W * (64 // PACK) + packed // PACK
+    live = (row < row_end) & (exists != 0)
     head_of_row = head + packed % PACK
     slope = gl.zeros([64], gl.float32, layout)
     ahead = gl.zeros([64], gl.float32, layout)
@@ -44,13 +48,23 @@ def row_modifiers(
     offset = gl.zeros([64], gl.int32, layout)
     if ALIBI:
         anchor, band, _, _ = get_words(raw + MODIFIER_WORDS + block % MODIFIER_SLOTS * 16)
-        slope = LOG2E * gl.load(SLOPES + batch * stride_ab + band * stride_an + head_of_row * stride_ah)
+        at = SLOPES + batch * stride_ab + band * stride_an + head_of_row * stride_ah
+        slope = LOG2E * gl.load(at, mask=live, other=0.0)
         ahead = (anchor - row).to(gl.float32)
     if DROPOUT:
         at = ROW_KEYS + ((batch * num_heads + head_of_row).to(gl.int64) * num_rows + row)
-        multiplier = gl.load(at, mask=row < row_end, other=0)
-        offset = gl.load(at + num_keys, mask=row < row_end, other=0)
+        multiplier = gl.load(at, mask=live, other=0)
+        offset = gl.load(at + num_keys, mask=live, other=0)
     return slope, ahead, multiplier, offset
+
+
+@gluon.jit
+def aligned_keys(column, num_cols):
+    """Where the dropout's keys of the columns from this one on are, in four copies moved by 0 to 3 columns.
+
+    The copy engine reads vectors from multiples of 16 bytes on.
+    """
+    return column % 4 * ((num_cols + 3) // 4 * 4) + column // 4 * 4
 
 
 @gluon.jit
@@ -100,6 +114,48 @@ def row_keys(stats_bufs, stage, part: gl.constexpr, BLOCK_Q: gl.constexpr, layou
 
 
 @gluon.jit
-def kept(multiplier, offset, column_keys, kept_below):
-    """Which weights dropout keeps; keys of rows and columns broadcast against each other."""
-    return multiplier * column_keys + offset < kept_below
+def dropped(weights, multiplier, offset, column_keys, kept_below):
+    """Weights, 0 where dropout drops them; keys of rows and columns broadcast against each other.
+
+    In one piece: ptxas would else compare for all weights at first, and pack what its few predicates cannot hold.
+    """
+    return gl.inline_asm_elementwise("""{
+        .reg .pred keep; .reg .b32 t;
+        mad.lo.s32 t, $2, $3, $4;
+        setp.lt.s32 keep, t, $5;
+        selp.f32 $0, $1, 0f00000000, keep; }""", "=f,f,r,r,r,r",
+                                     [weights, multiplier, column_keys, offset, kept_below], dtype=gl.float32,
+                                     is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def marked(weights, multiplier, offset, column_keys, kept_below):
+    """Weights, with a negative sign where dropout drops them."""
+    return gl.inline_asm_elementwise("""{
+        .reg .pred keep; .reg .b32 t; .reg .f32 n;
+        mad.lo.s32 t, $2, $3, $4;
+        setp.lt.s32 keep, t, $5;
+        neg.f32 n, $1;
+        selp.f32 $0, $1, n, keep; }""", "=f,f,r,r,r,r",
+                                     [weights, multiplier, column_keys, offset, kept_below], dtype=gl.float32,
+                                     is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def marked_gradient(weights, kept_gradient, dropped_gradient):
+    """Gradients of scores from ``marked`` weights and what stands in brackets for kept and for dropped ones."""
+    return gl.inline_asm_elementwise("""{
+        .reg .pred keep; .reg .f32 a, x;
+        setp.gt.f32 keep, $1, 0f00000000;
+        selp.f32 x, $2, $3, keep;
+        abs.f32 a, $1;
+        mul.f32 $0, a, x; }""", "=f,f,f,f", [weights, kept_gradient, dropped_gradient], dtype=gl.float32,
+                                     is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def scaled(s, scale, addend):
+    """s * scale + addend, fused: LLVM would share the product between branches that each add something else."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [s, scale, addend], dtype=gl.float32, is_pure=True, pack=1
+    )

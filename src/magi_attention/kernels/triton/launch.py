@@ -20,6 +20,7 @@ from magi_attention.plan.tiling import TileConfig, choose_tiles
 
 _DELTA_ROWS = 64
 _KEY_BLOCK = 128
+_COPIES = 4
 
 
 def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,17 +110,21 @@ def modifiers(problem: Problem, stand_in: torch.Tensor) -> tuple:
 
 
 def dropout_keys(problem: Problem, stand_in: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """The dropout's keys of all rows, how many pairs of them there are, and those of all columns."""
+    """The dropout's keys of all rows, how many pairs of them there are, and those of all columns.
+
+    The latter four times, (4, S), moved by 0 to 3 columns: the copy engine reads from multiples of 16 bytes on.
+    """
     num_rows, num_heads = problem.q.shape[-3:-1]
     owners = num_heads * (problem.q.shape[0] if problem.q.dim() == 4 else 1)
     num_keys, num_cols = owners * num_rows, problem.k.shape[-3]
     if problem.rng_state is None or num_keys == 0:
         return stand_in, num_keys, stand_in
     row_keys = torch.empty(2, num_keys, dtype=torch.int32, device=problem.q.device)
-    col_keys = torch.empty(num_cols, dtype=torch.int32, device=problem.q.device)
+    col_keys = torch.empty(_COPIES, -(-num_cols // 4) * 4, dtype=torch.int32, device=problem.q.device)
     programs = triton.cdiv(num_rows, _KEY_BLOCK) * owners + triton.cdiv(num_cols, _KEY_BLOCK)
     keys_kernel[(programs,)](
-        problem.rng_state, row_keys, col_keys, owners, num_rows, num_cols, BLOCK=_KEY_BLOCK, num_warps=4
+        problem.rng_state, row_keys, col_keys, owners, num_rows, num_cols, col_keys.stride(0),
+        BLOCK=_KEY_BLOCK, COPIES=_COPIES, num_warps=4,
     )  # fmt: skip
     return row_keys, num_keys, col_keys
 

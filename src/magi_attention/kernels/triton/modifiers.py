@@ -8,13 +8,13 @@ import triton.language as tl
 from magi_attention.kernels.triton.primitives import LOG2E
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_rows", "num_cols"])
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "num_cols", "col_stride"])
 def keys_kernel(
     RNG_STATE,
     ROW_KEYS,  # int32 (2, B, H, T), contiguous
-    COL_KEYS,  # int32 (S,), contiguous
-    num_heads, num_rows, num_cols,
-    BLOCK: tl.constexpr,
+    COL_KEYS,  # int32 (COPIES, S), rows ``col_stride`` apart; key n of row r is that of column n + r
+    num_heads, num_rows, num_cols, col_stride,
+    BLOCK: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """The keys of BLOCK rows of a head or, in the programs after those, of BLOCK columns; ``num_heads`` is B * H."""
     row_blocks = tl.cdiv(num_rows, BLOCK)
@@ -34,7 +34,9 @@ def keys_kernel(
     rows = ROW_KEYS + head.to(tl.int64) * num_rows + at
     tl.store(rows, first | 1, mask=is_rows & (at < num_rows))
     tl.store(rows + num_rows.to(tl.int64) * num_heads, second, mask=is_rows & (at < num_rows))
-    tl.store(COL_KEYS + at, first, mask=(at < num_cols) & (is_rows == 0))
+    for moved in tl.static_range(COPIES):
+        inside = (at >= moved) & (at < num_cols) & (is_rows == 0)
+        tl.store(COL_KEYS + moved * col_stride + at - moved, first, mask=inside)
 
 
 @triton.jit
