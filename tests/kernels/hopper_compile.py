@@ -41,8 +41,10 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
 
 
-def _keys(problem: Problem, stand_in: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+def _keys(problem: Problem) -> tuple[torch.Tensor | None, int, torch.Tensor | None]:
     """``dropout_keys`` without a launch."""
+    if problem.rng_state is None:
+        return None, 0, None
     return torch.zeros(8, dtype=torch.int32), 4, torch.zeros(4, 1024, dtype=torch.int32)
 
 
@@ -99,6 +101,7 @@ def figures(variant: Variant, edit: Edit | None = None) -> dict[str, Any]:
     names = kernel.arg_names
     constants = {name: options.pop(name) for name in names if name in options}
     given = dict(zip(names, args, strict=False))
+    constants |= {name: None for name, value in given.items() if value is None}
     types = {name: "constexpr" if name in constants else type_of(given[name]) for name in names}
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types[name].startswith("*")}
     source = GluonASTSource(kernel, types, constexprs=constants, attrs=aligned)

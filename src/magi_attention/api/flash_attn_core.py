@@ -199,7 +199,7 @@ def dropout_pattern(
         top = logits.amax(dim=2, keepdim=True) if k1 > k0 else logits.new_zeros(1)
         weights = torch.exp(logits - top.nan_to_num(neginf=0.0))
         keys = row_keys(options.state, b, q.shape[2], torch.arange(q0, q1, device=q.device))
-        cols = column_keys(options.state, torch.arange(k0, k1, device=q.device))
-        keep = kept(keys, cols, options.dropout_p)
+        keys_of_columns = column_keys(options.state, torch.arange(k0, k1, device=q.device))
+        keep = kept(keys, keys_of_columns, options.dropout_p)
         result[n, :, : q1 - q0, : k1 - k0] = torch.where(keep, weights, -weights)
     return result

@@ -49,9 +49,9 @@ def engine_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]
     return [*(s if n > 1 else ALIGN for s, n in zip(stride[:-1], shape, strict=False)), 1]
 
 
-def optional(x: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:
-    """Pointer and strides of an optional fp32 (B, T, H) tensor; ``stand_in`` is passed and never read when absent."""
-    return (stand_in, 0, 0, 0) if x is None else (x, *x.stride())
+def optional(x: torch.Tensor | None) -> tuple:
+    """Pointer and strides of an optional fp32 (B, T, H) tensor."""
+    return (None, 0, 0, 0) if x is None else (x, *x.stride())
 
 
 def wave(x: torch.Tensor, y: torch.Tensor, num_heads: int) -> int:

@@ -292,7 +292,8 @@ def consumer(
     DS_PARTS: gl.constexpr = BLOCK_K * BLOCK_Q // (64 * D)
     staging = reinterpret(ds_bufs, dtype, [2 * DS_PARTS, 1, 64, 1, D], DK_DESC.layout).index(W * DS_PARTS)
     s_zero = gl.zeros([64, BLOCK_Q], gl.float32, s_layout)
-    kept_share = 1.0 / kept_scale
+    if DROPOUT:
+        kept_share = 1.0 / kept_scale
     it = 0
     # Counted instead of it % Q_STAGES: there is no uniform division by three.
     stage = 0

@@ -13,6 +13,7 @@ import triton
 from magi_attention.kernels.hopper.backward import backward_kernel
 from magi_attention.kernels.hopper.backward_wide import backward_wide_kernel
 from magi_attention.kernels.hopper.compat import TensorDescriptor, gl
+from magi_attention.kernels.hopper.direct import Frame, Launch, launcher_of
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.operands import (
     aligned,
@@ -42,6 +43,7 @@ _INT32 = 2**31 - 1
 _DELTA_ROWS = 64
 # The longest quarter of the tiles runs first, over all heads: what is left for the end is short.
 _PARTS = 4
+_NO_MODIFIERS = (None, None, 0, 0, 1.0, None, 0, 0, 0, None)
 FORWARD_TAKES_PACKED = True
 """Views with a batch axis, and of the results without it, would take as long as a launch."""
 
@@ -63,7 +65,7 @@ class _Forward:
     plan_key: PlanKey
     num_units: int
     max_programs: int
-    frames: tuple[dict[str, Any], ...]
+    frames: tuple[Frame, ...]
     out_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_stride: tuple[int, ...]
@@ -88,21 +90,21 @@ def forward(
     if problem.earlier is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty_strided(call.lse_shape, call.lse_stride, dtype=torch.float32, device=device)
-        out_descriptor = _framed(out, call.frames[3])
+        out_descriptor = call.frames[3].on(out)
     else:
         out, lse = problem.earlier
         # A stand-in: the kernel adds to the fp32 rows without the copy engine.
-        out_descriptor = _framed(q, call.frames[0])
+        out_descriptor = call.frames[0].on(q)
     max_logits = None
     if need_max_logits:
         max_logits = torch.full((q.shape[-2],), -torch.inf, dtype=torch.float32, device=device)
     plan = plan_cache.plan_for(problem.bands, call.plan_key)
     num_tiles = plan.num_tiles
     arguments = (
-        *map(_framed, (q, k, v), call.frames), out_descriptor,
-        out, *call.out_strides, *optional(sink, lse), lse, lse if max_logits is None else max_logits,
+        *[frame.on(x) for x, frame in zip((q, k, v), call.frames, strict=False)], out_descriptor,
+        out, *call.out_strides, *optional(sink), lse, max_logits,
         plan.tiles, plan.band_list, plan.bands, _work_counter(device), num_tiles, *call.rest,
-        *_modifiers(problem, call.plan_key.block_cols, lse),
+        *_modifiers(problem, call.plan_key.block_cols),
     )  # fmt: skip
     programs = min(num_tiles * call.num_units, call.max_programs)
     is_wide = call.is_wide or num_tiles > _INT32 or (sink is not None and max(sink.stride()) > _INT32)
@@ -164,7 +166,7 @@ def _forward_of(
         plan_key=PlanKey(num_rows, num_cols, tile.block_rows(pack), tile.block_cols, False, device),
         num_units=batch * units,
         max_programs=_num_programs(device, sm_margin),
-        frames=tuple(_frame(*x, block, size) for x, block in zip(tensors, blocks, strict=True)),
+        frames=tuple(_frame(*x, block, dtype) for x, block in zip(tensors, blocks, strict=True)),
         out_strides=out_strides,
         lse_shape=tuple(lse_shape),
         lse_stride=(num_rows * num_heads, num_heads, 1)[-len(lse_shape) :],
@@ -198,7 +200,7 @@ def backward(
         plan.tiles, plan.band_list, plan.bands, _work_counter(q.device), plan.num_tiles, batch * num_kv_heads,
         num_kv_heads, group // pack, wave(q, dout, num_kv_heads), _PARTS,
     )  # fmt: skip
-    *row_keys, col_keys = portable.dropout_keys(problem, lse)
+    *row_keys, col_keys = portable.dropout_keys(problem)
     dk_scale = problem.softmax_scale / (1.0 - problem.dropout_p)
     scales = (*_scales(problem.softmax_scale, problem.softcap), dk_scale)
     constants = {
@@ -223,7 +225,7 @@ def backward(
     kernel: Any = backward_wide_kernel
     if dim <= 128:
         kernel = backward_kernel
-        arguments += (col_keys, *portable.modifiers(problem, lse))
+        arguments += (col_keys, *portable.modifiers(problem))
         constants |= _features(problem)
     _start(kernel, (programs,), arguments, constants, tile.max_registers, q, *_slopes(problem))
     dq = torch.empty_like(q)
@@ -252,13 +254,13 @@ def _slopes(problem: Problem) -> tuple[torch.Tensor, ...]:
     return () if problem.alibi is None else (problem.alibi.slopes, problem.alibi.diagonals)
 
 
-def _modifiers(problem: Problem, block_cols: int, stand_in: torch.Tensor) -> tuple:
-    """What the forward is told of dropout and ALiBi; ``stand_in`` for what it does not read."""
+def _modifiers(problem: Problem, block_cols: int) -> tuple:
+    """What the forward is told of dropout and ALiBi."""
     if problem.rng_state is None and problem.alibi is None:
-        return (stand_in, stand_in, 0, 0, 1.0, stand_in, 0, 0, 0, stand_in)
-    row_keys, num_keys, col_keys = portable.dropout_keys(problem, stand_in)
-    columns = stand_in if problem.rng_state is None else _descriptor(col_keys.view(-1), (block_cols,))
-    return (columns, row_keys, num_keys, *portable.modifiers(problem, stand_in))
+        return _NO_MODIFIERS
+    row_keys, num_keys, col_keys = portable.dropout_keys(problem)
+    columns = None if col_keys is None else _descriptor(col_keys.view(-1), (block_cols,))
+    return (columns, row_keys, num_keys, *portable.modifiers(problem))
 
 
 def _row_statistics(
@@ -278,7 +280,7 @@ def _row_statistics(
     tiled = lse.new_empty(batch * num_heads // pack * tiles_per_unit * _statistics(problem) * tile)
     dsink = torch.empty_like(lse) if sink is not None else lse.new_empty(0)
     arguments = (
-        out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
+        out, *strides(out), dout, *strides(dout), *optional(sink), *optional(dlse),
         lse, dsink, tiled, tiled, *row_keys, tiles_per_unit, num_rows, num_heads,
     )  # fmt: skip
     constants = {
@@ -298,10 +300,11 @@ class _Form:
     compiled kernel depends on: whether the pointers that are not ours are aligned, and whether an integer needs 64 bits.
     """
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
-        self._kernel, self._constants, self._options = kernel, constants, options
-        self._compiled: dict[tuple[bool, ...], Any] = {}
-        self._tail: tuple = ()
+    def __init__(
+        self, kernel: Any, constants: dict[str, Any], options: dict[str, Any], device: torch.device
+    ) -> None:
+        self._kernel, self._constants, self._options, self._device = kernel, constants, options, device
+        self._launches: dict[tuple[bool, ...], Launch] = {}
 
     def start(
         self, grid: tuple[int, ...], arguments: tuple, is_wide: bool, *foreign: torch.Tensor | None
@@ -313,14 +316,14 @@ class _Form:
             foreign: those of the arguments that are not ours, but for those that the copy engine reads.
         """
         key = (is_wide, *[x is None or x.data_ptr() % 16 == 0 for x in foreign])
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *self._tail)
+        launch = self._launches.get(key)
+        if launch is not None:
+            launch(grid, arguments)
             return
         compiled = self._kernel[grid](*arguments, **self._constants, **self._options)
         if compiled is not None:
-            self._tail = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
-            self._compiled[key] = compiled
+            rest = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
+            self._launches[key] = launcher_of(compiled, arguments, rest, self._device)
 
 
 @functools.cache
@@ -331,7 +334,7 @@ def _form(
     options: dict[str, Any] = {"num_warps": 4}
     if max_registers is not None:
         options |= {"maxnreg": max_registers, "enable_fp_fusion": True}
-    return _Form(kernel, dict(constants), options)
+    return _Form(kernel, dict(constants), options, device)
 
 
 def _start(
@@ -373,28 +376,21 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 def _descriptor(x: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     """Descriptor of ``x`` in blocks; ``x`` is one of ours or ``_readable``."""
-    return _framed(x, _frame(x.shape, x.stride(), block, x.element_size()))
-
-
-def _framed(x: torch.Tensor, frame: dict[str, Any]) -> TensorDescriptor:
-    """Descriptor of ``x``, whose shape and strides are those of ``frame``."""
-    # The constructor would check again, at several times the cost of the launch, what holds for such tensors.
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__ = {"base": x, **frame}
-    return descriptor
+    return _frame(x.shape, x.stride(), block, x.dtype).on(x)
 
 
 @functools.lru_cache(maxsize=4096)
 def _frame(
-    shape: tuple[int, ...], stride: tuple[int, ...], block: tuple[int, ...], element_size: int
-) -> dict[str, Any]:
-    return {
+    shape: tuple[int, ...], stride: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
+) -> Frame:
+    fields = {
         "shape": list(shape),
         "strides": engine_strides(shape, stride),
         "block_shape": list(block),
-        "layout": _layout(len(block), element_size),
+        "layout": _layout(len(block), dtype.itemsize),
         "padding": "zero",
     }
+    return Frame(fields)
 
 
 @functools.cache

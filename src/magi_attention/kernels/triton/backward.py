@@ -360,7 +360,8 @@ def dkdv_kernel(
     DOUT += batch.to(tl.int64) * stride_gb * 8
     heads_before = batch * heads_per_batch * group
     column_keys = load_column_keys(COL_KEYS, keys, key_end, DROPOUT)
-    ROW_KEYS += heads_before.to(tl.int64) * num_rows
+    if DROPOUT:
+        ROW_KEYS += heads_before.to(tl.int64) * num_rows
     LSE2 += heads_before.to(tl.int64) * num_rows
     DELTA += heads_before.to(tl.int64) * num_rows
     for item in range(list_begin, list_begin + list_count):

@@ -39,8 +39,8 @@ def forward(problem: Problem, need_max_logits: bool) -> tuple[torch.Tensor, torc
     if grid[0]:
         forward_kernel[grid](
             q, *strides(q), k, *strides(k), v, *strides(v), out, *strides(out),
-            *optional(problem.sink, lse), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
-            *dropout_keys(problem, lse), *modifiers(problem, lse),
+            *optional(problem.sink), lse, max_logits, *work, problem.softmax_scale, problem.softcap,
+            *dropout_keys(problem), *modifiers(problem),
             HAS_SINK=problem.sink is not None, HAS_MAX=need_max_logits, ACCUMULATE=problem.earlier is not None,
             **_features(problem), D=head_dim, DV=head_dim_v, **_padded(head_dim, head_dim_v),
             BLOCK_M=tile.block_rows, BLOCK_N=tile.block_cols, **_options(tile, q),
@@ -65,12 +65,12 @@ def backward(
     shape = {**_features(problem), "D": head_dim, "DV": head_dim_v, "TMA": tma, **padded}
     if num_rows and batch:
         delta_kernel[(triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)](
-            out, *strides(out), dout, *strides(dout), *optional(sink, lse), *optional(dlse, lse),
-            lse, dsink, lse2, delta, lse, 0, 0, num_rows, num_heads, HAS_SINK=sink is not None,
+            out, *strides(out), dout, *strides(dout), *optional(sink), *optional(dlse),
+            lse, dsink, lse2, delta, None, 0, 0, num_rows, num_heads, HAS_SINK=sink is not None,
             HAS_DLSE=dlse is not None, DROPOUT=False, TILE=0, PACK=1, DV=head_dim_v, BLOCK_M=_DELTA_ROWS,
             BLOCK_DV=padded["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
-    scalars = (*scalars, *dropout_keys(problem, lse), *modifiers(problem, lse))
+    scalars = (*scalars, *dropout_keys(problem), *modifiers(problem))
     tile, plan = _plan("backward_dq", problem)
     if plan.num_tiles and batch:
         rows_tma = tma and tile.rows_in_registers
@@ -101,31 +101,32 @@ def _features(problem: Problem) -> dict[str, bool]:
     }
 
 
-def modifiers(problem: Problem, stand_in: torch.Tensor) -> tuple:
-    """What kernels are told of dropout and ALiBi, but for keys; ``stand_in`` for tensors that they do not read."""
+def modifiers(problem: Problem) -> tuple:
+    """What kernels are told of dropout and ALiBi, but for keys."""
     dropout = (kept_below(problem.dropout_p), 1.0 / (1.0 - problem.dropout_p))
     if problem.alibi is None:
-        return (*dropout, stand_in, 0, 0, 0, stand_in)
-    return (*dropout, problem.alibi.slopes, *problem.alibi.slopes.stride(), problem.alibi.diagonals)
+        return *dropout, None, 0, 0, 0, None
+    return *dropout, problem.alibi.slopes, *problem.alibi.slopes.stride(), problem.alibi.diagonals
 
 
-def dropout_keys(problem: Problem, stand_in: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+def dropout_keys(problem: Problem) -> tuple[torch.Tensor | None, int, torch.Tensor | None]:
     """The dropout's keys of all rows, how many pairs of them there are, and those of all columns.
 
     The latter four times, (4, S), moved by 0 to 3 columns: the copy engine reads from multiples of 16 bytes on.
     """
+    if problem.rng_state is None:
+        return None, 0, None
     num_rows, num_heads = problem.q.shape[-3:-1]
     owners = num_heads * (problem.q.shape[0] if problem.q.dim() == 4 else 1)
     num_keys, num_cols = owners * num_rows, problem.k.shape[-3]
-    if problem.rng_state is None or num_keys == 0:
-        return stand_in, num_keys, stand_in
     row_keys = torch.empty(2, num_keys, dtype=torch.int32, device=problem.q.device)
     col_keys = torch.empty(_COPIES, -(-num_cols // 4) * 4, dtype=torch.int32, device=problem.q.device)
     programs = triton.cdiv(num_rows, _KEY_BLOCK) * owners + triton.cdiv(num_cols, _KEY_BLOCK)
-    keys_kernel[(programs,)](
-        problem.rng_state, row_keys, col_keys, owners, num_rows, num_cols, col_keys.stride(0),
-        BLOCK=_KEY_BLOCK, COPIES=_COPIES, num_warps=4,
-    )  # fmt: skip
+    if programs:
+        keys_kernel[(programs,)](
+            problem.rng_state, row_keys, col_keys, owners, num_rows, num_cols, col_keys.stride(0),
+            BLOCK=_KEY_BLOCK, COPIES=_COPIES, num_warps=4,
+        )  # fmt: skip
     return row_keys, num_keys, col_keys
 
 
