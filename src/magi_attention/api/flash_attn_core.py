@@ -118,7 +118,8 @@ def forward(
     settings = options.settings(q.shape[-1])
     out, meta = attention(_padded(q), _padded(k), _padded(v), mask, sink=options.sink, **settings)
     assert meta.lse is not None
-    return out[..., : v.shape[-1]], meta.lse
+    # A view would be another node of the graph, and of every backward.
+    return out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]], meta.lse
 
 
 def write_gradients(
