@@ -65,6 +65,7 @@ MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "flash_attn.modules.mha": {
         "alibi": ("get_alibi_slopes",),
         "mha": ("FlashSelfAttention", "FlashCrossAttention", "SelfAttention", "CrossAttention"),
+        "mha_layers": ("MHA", "ParallelMHA"),
     },
     "flash_attn.ops": {},
     "flash_attn.ops.triton": {},

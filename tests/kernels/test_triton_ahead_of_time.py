@@ -26,9 +26,9 @@ MOST_SPILLS = {
     "backward_dq 64 ALIBI": 180,
     "backward_dq 128 DROPOUT": 70,
     "backward_dq 128 ALIBI": 0,
-    "backward_dkdv 64 DROPOUT": 140,
+    "backward_dkdv 64 DROPOUT": 560,
     "backward_dkdv 64 ALIBI": 230,
-    "backward_dkdv 128 DROPOUT": 530,
+    "backward_dkdv 128 DROPOUT": 1670,
     "backward_dkdv 128 ALIBI": 1040,
 }
 MATRIX_KERNELS = [name for name in MOST_SPILLS if not name.startswith("delta")]

@@ -281,16 +281,24 @@ class RotaryEmbedding(torch.nn.Module):
                 ``max_seqlen``, ``num_heads_q`` with ``kv``.
         """
         num_positions = self._num_positions(qkv, kv, seqlen_offset, max_seqlen, num_heads_q)
-        self._update_cos_sin_cache(num_positions, qkv.device, qkv.dtype)
-        assert self._cos_cached is not None and self._sin_cached is not None
-        tables, tables_k = (self._cos_cached, self._sin_cached), (self._cos_k_cached, self._sin_k_cached)
+        tables, tables_k = self.tables(num_positions, qkv.device, qkv.dtype)
         if kv is None:
             return apply_rotary_emb_qkv_(
                 qkv, *tables, *tables_k, self.interleaved, seqlen_offset, num_heads_q
             )
         q = apply_rotary_emb(qkv, *tables, self.interleaved, True, seqlen_offset)
-        cos_k, sin_k = (table if own is None else own for table, own in zip(tables, tables_k, strict=True))
-        return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+        return q, apply_rotary_emb_kv_(kv, *tables_k, self.interleaved, seqlen_offset)
+
+    def tables(
+        self, num_positions: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """(cos, sin) of the queries and of the keys, each (at least num_positions, dim / 2)."""
+        self._update_cos_sin_cache(num_positions, device, dtype)
+        assert self._cos_cached is not None and self._sin_cached is not None
+        tables = self._cos_cached, self._sin_cached
+        if self._cos_k_cached is None or self._sin_k_cached is None:
+            return tables, tables
+        return tables, (self._cos_k_cached, self._sin_k_cached)
 
     @staticmethod
     def _num_positions(

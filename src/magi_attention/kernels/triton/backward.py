@@ -101,21 +101,20 @@ def delta_kernel(
 
 @triton.jit
 def _score_gradient(
-    s, dp, lse2, delta, scale, softcap, seen, rows, cols, anchor, slope,
+    s, dp, lse2, delta, scale, softcap, seen, rows, cols, slope, diagonal,
     key_a, key_b, column_keys, kept_below, kept_scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """(weights that dv sees, ds) from raw scores q.k and dp = do.v.
 
-    ``lse2`` (log2 units), ``delta``, ``rows`` (queries, moved by the diagonal), ``cols`` (keys) and the dropout's keys
-    are already broadcast.
+    ``lse2`` (log2 units), ``delta``, ``rows`` (queries), ``cols`` (keys) and the dropout's keys are already broadcast.
     """
     if SOFTCAP:
         capped = tanh(s * (scale / softcap))
         s = capped * (softcap * LOG2E)
     else:
         s = s * (scale * LOG2E)
-    p = tl.exp2(biased(s, rows, cols, anchor, slope, ALIBI) - lse2)
+    p = tl.exp2(biased(s, rows, cols, slope, diagonal, ALIBI) - lse2)
     if MASKED:
         p = tl.where(seen, p, 0.0)
     weights = p
@@ -160,8 +159,8 @@ def _accumulate_dq(
         seen = visible(rows, cols, last, lo, hi)
         column_keys = load_column_keys(COL_KEYS, cols, last, DROPOUT)
         _, ds = _score_gradient(
-            s, dp, lse2[:, None], delta[:, None], scale, softcap, seen, (rows + diagonal)[:, None], cols[None, :],
-            start, slope, key_a[:, None], key_b[:, None], column_keys[None, :], kept_below, kept_scale,
+            s, dp, lse2[:, None], delta[:, None], scale, softcap, seen, rows[:, None], cols[None, :],
+            slope, diagonal, key_a[:, None], key_b[:, None], column_keys[None, :], kept_below, kept_scale,
             MASKED, SOFTCAP, DROPOUT, ALIBI,
         )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -309,8 +308,8 @@ def _accumulate_dkdv(
             SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, batch, band, head, ALIBI
         )
         p, ds = _score_gradient(
-            s, dp, lse2[None, :], delta[None, :], scale, softcap, seen, (cols + diagonal)[None, :], keys[:, None],
-            start, slope, key_a[None, :], key_b[None, :], column_keys[:, None], kept_below, kept_scale,
+            s, dp, lse2[None, :], delta[None, :], scale, softcap, seen, cols[None, :], keys[:, None],
+            slope, diagonal, key_a[None, :], key_b[None, :], column_keys[:, None], kept_below, kept_scale,
             MASKED, SOFTCAP, DROPOUT, ALIBI,
         )  # fmt: skip
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)

@@ -54,7 +54,7 @@ def _attend(
             s = softcap * LOG2E * tanh(s * (scale / softcap))
         elif MASKED or ALIBI:
             s = s * (scale * LOG2E)
-        s = biased(s, (rows + diagonal)[:, None], cols[None, :], start, slope, ALIBI)
+        s = biased(s, rows[:, None], cols[None, :], slope, diagonal, ALIBI)
         if MASKED:
             s = tl.where(visible(rows, cols, last, lo, hi), s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))

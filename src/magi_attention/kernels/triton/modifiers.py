@@ -75,11 +75,8 @@ def slope_of(SLOPES, stride_ab, stride_an, stride_ah, DIAGONALS, batch, band, he
 
 
 @triton.jit
-def biased(s, rows, cols, anchor, slope, ALIBI: tl.constexpr):
-    """Scores in units of log2 with their linear bias; rows, moved by the diagonal, and columns broadcast.
-
-    ``anchor``, near the columns, makes small numbers of them: a difference of floats is cheaper than a conversion.
-    """
+def biased(s, rows, cols, slope, diagonal, ALIBI: tl.constexpr):
+    """Scores in units of log2 with their linear bias; rows and columns broadcast against each other."""
     if ALIBI:
-        s = s - slope * tl.abs((cols - anchor).to(tl.float32) - (rows - anchor).to(tl.float32))
+        s = s - slope * tl.abs(cols - rows - diagonal).to(tl.float32)
     return s
