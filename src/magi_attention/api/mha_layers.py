@@ -386,7 +386,7 @@ class ParallelMHA(_Layer):
         self.Wqkv = ColumnParallelLinear(
             embed_dim, local + 2 * heads_kv * head_dim, bias=qkv_proj_bias, **parallel
         )
-        self.out_proj = RowParallelLinear(local, embed_dim, bias=out_proj_bias, **parallel)
+        self.out_proj = RowParallelLinear(local, embed_dim, bias=out_proj_bias and rank == 0, **parallel)
 
     def forward(
         self,

@@ -18,12 +18,12 @@ def local_share(count: int, world: int, rank: int) -> tuple[int, int]:
     return rank * each + min(rank, left), each + (rank < left)
 
 
-class ColumnParallelLinear(nn.Linear):
-    """y = x A^T + b for this rank's rows of A and b.
+class _Parallel(nn.Linear):
+    """A rank's part of a linear layer.
 
     Args:
         in_features, out_features: of this rank.
-        process_group: the ranks. sequence_parallel: x is the rank's part of the first axis; y has all of it.
+        process_group: the ranks. sequence_parallel: tokens, the first axis, are shared out where features are not.
     """
 
     def __init__(
@@ -39,36 +39,22 @@ class ColumnParallelLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.process_group, self.sequence_parallel = process_group, sequence_parallel
 
+
+class ColumnParallelLinear(_Parallel):
+    """y = x A^T + b for this rank's rows of A and b; arguments as in ``_Parallel``."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y (..., out_features) of x (..., in_features)."""
+        """y (..., out_features) of all tokens, from x (..., in_features)."""
         gather = _Gathered if self.sequence_parallel else _Shared
         return super().forward(gather.apply(x, self.process_group))
 
 
-class RowParallelLinear(nn.Linear):
-    """The sum over the ranks of x A^T for this rank's columns of A and of x, and rank 0's b.
-
-    Args:
-        in_features, out_features: of this rank.
-        process_group: the ranks. sequence_parallel: y is the rank's part of the first axis, else it has all of it.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        process_group: dist.ProcessGroup,
-        bias: bool = True,
-        sequence_parallel: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        has_bias = bias and dist.get_rank(process_group) == 0
-        super().__init__(in_features, out_features, bias=has_bias, device=device, dtype=dtype)
-        self.process_group, self.sequence_parallel = process_group, sequence_parallel
+class RowParallelLinear(_Parallel):
+    """The sum over the ranks of x A^T, for this rank's columns of A and of x, and of the first rank's b; arguments as in
+    ``_Parallel``. Give a bias to the first rank only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y (..., out_features) of x (..., in_features)."""
+        """y (..., out_features), from x (..., in_features) of all tokens."""
         add = _Scattered if self.sequence_parallel else _Summed
         return add.apply(super().forward(x), self.process_group)
 
