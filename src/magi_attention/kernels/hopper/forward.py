@@ -262,17 +262,20 @@ def pass_turn(W: gl.constexpr):
 
 
 @gluon.jit
-def applied(weights, key_bufs, block, multiplier, offset, kept_below,
-            STAGES: gl.constexpr, DROPOUT: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def applied(
+    weights, modifiers, rows, block, STAGES: gl.constexpr, DROPOUT: gl.constexpr, layout: gl.constexpr
+):
     """The weights that V is multiplied with."""
     if DROPOUT:
+        key_bufs, kept_below = modifiers[1]
+        _, _, multiplier, offset = rows
         keys = key_bufs.index(block % (STAGES + 1)).load(gl.SliceLayout(0, layout))
         weights = dropped(weights, multiplier[:, None], offset[:, None], keys[None, :], kept_below)
     return weights
 
 
 @gluon.jit
-def weigh(s, pivot, scale, cuts, slope, ahead, key_bufs, block, multiplier, offset, kept_below,
+def weigh(s, pivot, scale, cuts, modifiers, rows, block,
           STAGES: gl.constexpr, HAS_MAX: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr, dtype: gl.constexpr,
           layout: gl.constexpr):  # fmt: skip
     """Weights exp2(s * scale - pivot) of a whole block, their sums, and whether they must be computed anew.
@@ -287,13 +290,12 @@ def weigh(s, pivot, scale, cuts, slope, ahead, key_bufs, block, multiplier, offs
     if not HAS_MAX:  # noqa: SIM102  (one is known when compiling)
         if cuts == 0:
             if ALIBI:
+                slope, ahead, _, _ = rows
                 weights = gl.exp2(scaled(s, scale, straight(slope, ahead, pivot, s.shape[1], layout)))
             else:
                 weights = gl.exp2(s * scale - pivot[:, None])
             sums = gl.sum(weights, 1)
-            weights = applied(
-                weights, key_bufs, block, multiplier, offset, kept_below, STAGES, DROPOUT, layout
-            )
+            weights = applied(weights, modifiers, rows, block, STAGES, DROPOUT, layout)
             p = rounded(weights, dtype)
             slow = any_in_warp(sums, LIMIT)
     return p, sums, slow
@@ -301,13 +303,14 @@ def weigh(s, pivot, scale, cuts, slope, ahead, key_bufs, block, multiplier, offs
 
 @gluon.jit
 def reweigh(
-    s, pivot, scale, message, raw, block, tile, slope, ahead, key_bufs, multiplier, offset, kept_below,
+    s, pivot, scale, message, raw, block, tile, modifiers, rows,
     W: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr,
     dtype: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Weights of any block against the maximum so far, their sums, what earlier weights fade by, and that maximum."""
     factor = scale
     if ALIBI:
+        slope, ahead, _, _ = rows
         s = scaled(s, scale, bias(slope, ahead, s.shape[1], layout))
         factor = 1.0
     if (message & (CUT_ABOVE + CUT_BELOW)) != 0:
@@ -316,28 +319,24 @@ def reweigh(
     base = gl.where(peak == -float("inf"), 0.0, peak)
     weights = gl.exp2(s * factor - base[:, None])
     sums = gl.sum(weights, 1)
-    weights = applied(weights, key_bufs, block, multiplier, offset, kept_below, STAGES, DROPOUT, layout)
+    weights = applied(weights, modifiers, rows, block, STAGES, DROPOUT, layout)
     return rounded(weights, dtype), sums, gl.exp2(pivot - base), peak
 
 
 @gluon.jit
 def begin(
-    s, scale, cap_scale, message, raw, block, tile, modifiers, key_bufs, kept_below, num_rows, num_heads,
+    s, scale, cap_scale, message, raw, block, tile, modifiers,
     W: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr,
     ALIBI: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Weights of a tile's first block from its raw scores, their sums and the pivot."""
     if SOFTCAP:
         s = tanh(s * cap_scale)
-    slope, ahead, multiplier, offset = row_modifiers(
-        modifiers, raw, block, raw + TILE_WORDS + tile % TILE_SLOTS * 16, num_rows, num_heads, (message & STOP) == 0,
-        W, PACK, DROPOUT, ALIBI, gl.SliceLayout(1, layout),
-    )  # fmt: skip
+    rows = row_modifiers(modifiers, raw, block, raw + TILE_WORDS + tile % TILE_SLOTS * 16, (message & STOP) == 0,
+                         W, PACK, DROPOUT, ALIBI, gl.SliceLayout(1, layout))  # fmt: skip
     nothing = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, layout))
-    p, total, _fade, pivot = reweigh(
-        s, nothing, scale, message, raw, block, tile, slope, ahead, key_bufs, multiplier, offset, kept_below,
-        W, PACK, STAGES, DROPOUT, ALIBI, dtype, layout,
-    )  # fmt: skip
+    p, total, _fade, pivot = reweigh(s, nothing, scale, message, raw, block, tile, modifiers, rows,
+                                     W, PACK, STAGES, DROPOUT, ALIBI, dtype, layout)  # fmt: skip
     return p, total, pivot
 
 
@@ -350,8 +349,7 @@ def score(q_smem, k_smem, BLOCK_N: gl.constexpr, s_layout: gl.constexpr):
 
 @gluon.jit
 def attend(
-    q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
-    modifiers, key_bufs, kept_below, num_rows, num_heads,
+    q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale, modifiers,
     W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HAS_MAX: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
@@ -362,10 +360,8 @@ def attend(
     stage = it % STAGES
     next_stage = (it + 1) % STAGES
     cuts = get_uniform(raw + BLOCK_WORDS + (it + 1) % BLOCK_SLOTS * 16 + 12)
-    slope, ahead, multiplier, offset = row_modifiers(
-        modifiers, raw, it + 1, raw + TILE_WORDS + tiles % TILE_SLOTS * 16, num_rows, num_heads, True,
-        W, PACK, DROPOUT, ALIBI, gl.SliceLayout(1, s_layout),
-    )  # fmt: skip
+    rows = row_modifiers(modifiers, raw, it + 1, raw + TILE_WORDS + tiles % TILE_SLOTS * 16, True,
+                         W, PACK, DROPOUT, ALIBI, gl.SliceLayout(1, s_layout))  # fmt: skip
     take_turn(W)
     s = score(q_smem, k_bufs.index(next_stage).reshape((BLOCK_N, D)), BLOCK_N, s_layout)
     mbarrier.wait(v_full.index(stage), (it // STAGES) & 1)
@@ -375,14 +371,12 @@ def attend(
     raw_arrive(raw + (K_FREE + next_stage) * 8)
     if SOFTCAP:
         s = tanh(s * cap_scale)
-    p, sums, slow = weigh(s, pivot, scale, cuts, slope, ahead, key_bufs, it + 1, multiplier, offset, kept_below,
+    p, sums, slow = weigh(s, pivot, scale, cuts, modifiers, rows, it + 1,
                           STAGES, HAS_MAX, DROPOUT, ALIBI, dtype, s_layout)  # fmt: skip
     fade = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
     if slow != 0:
-        p, sums, fade, pivot = reweigh(
-            s, pivot, scale, cuts, raw, it + 1, tiles, slope, ahead, key_bufs, multiplier, offset, kept_below,
-            W, PACK, STAGES, DROPOUT, ALIBI, dtype, s_layout,
-        )  # fmt: skip
+        p, sums, fade, pivot = reweigh(s, pivot, scale, cuts, raw, it + 1, tiles, modifiers, rows,
+                                       W, PACK, STAGES, DROPOUT, ALIBI, dtype, s_layout)  # fmt: skip
     total = total * fade + sums
     mbarrier.wait(k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -395,8 +389,8 @@ def attend(
 @gluon.jit
 def consumer(
     O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-    q_bufs, k_bufs, v_bufs, o_bufs, key_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
-    modifiers, kept_below, kept_scale,
+    q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads, scale, cap_scale,
+    modifiers, kept_scale,
     W: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_BUFS: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINK: gl.constexpr,
     HAS_MAX: gl.constexpr, ACCUMULATE: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr, STAGED: gl.constexpr,
@@ -429,8 +423,8 @@ def consumer(
         pass_turn(W)
         s = warpgroup_mma_wait(0, deps=(s,))
         raw_arrive(raw + K_FREE * 8)
-        p, total, pivot = begin(s, scale, cap_scale, message, raw, 0, 0, modifiers, key_bufs, kept_below, num_rows,
-                                num_heads, W, PACK, STAGES, SOFTCAP, DROPOUT, ALIBI, dtype, s_layout)  # fmt: skip
+        p, total, pivot = begin(s, scale, cap_scale, message, raw, 0, 0, modifiers,
+                                W, PACK, STAGES, SOFTCAP, DROPOUT, ALIBI, dtype, s_layout)  # fmt: skip
         p_op = gl.convert_layout(p, p_layout)
         it = 0
         tiles = 0
@@ -442,8 +436,7 @@ def consumer(
             for _block in range(1, message // COUNT):
                 p_op, acc, pivot, total = attend(
                     q_smem, k_bufs, v_bufs, k_full, v_full, raw, p_op, acc, pivot, total, it, tiles, scale, cap_scale,
-                    modifiers, key_bufs, kept_below, num_rows, num_heads,
-                    W, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, DROPOUT, ALIBI, s_layout, o_layout,
+                    modifiers, W, PACK, D, BLOCK_N, STAGES, SOFTCAP, HAS_MAX, DROPOUT, ALIBI, s_layout, o_layout,
                 )  # fmt: skip
                 it += 1
 
@@ -466,9 +459,8 @@ def consumer(
                                      num_rows, num_heads, W, PACK, HAS_SINK, HAS_MAX, ACCUMULATE, rows_of_s)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s,))
             raw_arrive(raw + (K_FREE + next_stage) * 8)
-            p, total, pivot = begin(s, scale, cap_scale, message, raw, it + 1, tiles, modifiers, key_bufs, kept_below,
-                                    num_rows, num_heads, W, PACK, STAGES, SOFTCAP, DROPOUT, ALIBI, dtype,
-                                    s_layout)  # fmt: skip
+            p, total, pivot = begin(s, scale, cap_scale, message, raw, it + 1, tiles, modifiers,
+                                    W, PACK, STAGES, SOFTCAP, DROPOUT, ALIBI, dtype, s_layout)  # fmt: skip
             mbarrier.wait(
                 k_full.index((it + 2) % STAGES), ((it + 2) // STAGES) & 1, pred=(message & STOP) == 0
             )
@@ -538,7 +530,11 @@ def forward_kernel(
         key_bufs = gl.allocate_shared_memory(gl.int32, [STAGES + 1, BLOCK_N], KEYS_DESC.layout)
     else:
         key_bufs = q_bufs
-    modifiers = (ROW_KEYS, num_keys, SLOPES, stride_ab, stride_an, stride_ah)
+    # What dropout and ALiBi need to know of rows, and what dropout does of columns.
+    modifiers = (
+        (ROW_KEYS, num_keys, SLOPES, stride_ab, stride_an, stride_ah, num_rows, num_heads),
+        (key_bufs, kept_below),
+    )
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG * Q_BUFS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -559,15 +555,15 @@ def forward_kernel(
         [
             (consumer, (
                 O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                q_bufs, k_bufs, v_bufs, o_bufs, key_bufs, q_full, k_full, v_full, raw, num_rows, num_heads,
-                scale, cap_scale, modifiers, kept_below, kept_scale,
+                q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads,
+                scale, cap_scale, modifiers, kept_scale,
                 gl.constexpr(0), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, ACCUMULATE,
                 DROPOUT, ALIBI, STAGED,
             )),
             (consumer, (
                 O_DESC, OUT, stride_ob, stride_ot, stride_oh, SINK, stride_sb, stride_st, stride_sh, LSE, MAX_LOGITS,
-                q_bufs, k_bufs, v_bufs, o_bufs, key_bufs, q_full, k_full, v_full, raw, num_rows, num_heads,
-                scale, cap_scale, modifiers, kept_below, kept_scale,
+                q_bufs, k_bufs, v_bufs, o_bufs, q_full, k_full, v_full, raw, num_rows, num_heads,
+                scale, cap_scale, modifiers, kept_scale,
                 gl.constexpr(1), PACK, D, DV, BLOCK_N, STAGES, Q_BUFS, SOFTCAP, HAS_SINK, HAS_MAX, ACCUMULATE,
                 DROPOUT, ALIBI, STAGED,
             )),

@@ -28,15 +28,15 @@ def put_line(raw, block, anchor, band):
 
 @gluon.jit
 def row_modifiers(
-    modifiers, raw, block, tile_words, num_rows, num_heads, exists,
+    modifiers, raw, block, tile_words, exists,
     W: gl.constexpr, PACK: gl.constexpr, DROPOUT: gl.constexpr, ALIBI: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """What a warpgroup's 64 rows need for a block: (slope in units of log2, the block's first column relative to the
-    row, multiplier, offset); zeros without ALiBi or dropout.
+    row, the dropout's multiplier and offset); zeros without ALiBi or dropout. ``modifiers``: as in ``forward_kernel``.
 
     Without a block that ``exists`` the messages hold anything.
     """
-    ROW_KEYS, num_keys, SLOPES, stride_ab, stride_an, stride_ah = modifiers
+    ROW_KEYS, num_keys, SLOPES, stride_ab, stride_an, stride_ah, num_rows, num_heads = modifiers[0]
     row_begin, row_end, batch, head = get_words(tile_words)
     packed = gl.arange(0, 64, layout=layout)
     row = row_begin + W * (64 // PACK) + packed // PACK
