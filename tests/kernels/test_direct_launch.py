@@ -63,6 +63,7 @@ def maps(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         made.append((descriptor.base.data_ptr(), meta))
         return [made[-1], *descriptor.shape, *descriptor.strides]
 
+    launch._frame.cache_clear()  # tensors of other tests may have been at the same addresses
     monkeypatch.setattr(driver, "make_tensordesc_arg", make)
     monkeypatch.setattr(direct, "current_stream", lambda index: 7)
     return made
