@@ -71,7 +71,7 @@ def maps(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 def arguments() -> tuple:
     x, y = torch.zeros(4, 64).bfloat16(), torch.zeros(8, 64).bfloat16()
-    return launch._descriptor(x, (1, 64)), torch.zeros(3), 5, launch._descriptor(y, (1, 64)), None
+    return launch._framed(x, (1, 64)), torch.zeros(3), 5, launch._framed(y, (1, 64)), None
 
 
 def numbers(call: tuple) -> tuple:
@@ -82,7 +82,7 @@ def numbers(call: tuple) -> tuple:
 def test_the_driver_gets_what_triton_would_give_it(maps):
     compiled, given = Compiled(), arguments()
     start = direct.launcher_of(compiled, given, (True,), DEVICE)
-    compiled[3, 1, 1](*given, True)
+    compiled[3, 1, 1](*direct.described(given), True)
     for _ in range(2):
         start((3,), given)
     assert compiled.by_triton == 1
@@ -101,7 +101,7 @@ def test_a_tensor_elsewhere_gets_a_map_of_its_own(maps):
     assert [meta for _, meta in maps] == ["second", "first"] * 2
     assert compiled.calls[0][:3] == (3, 2, 1)
     assert {address for address, _ in maps} == {
-        x.base.data_ptr() for x in (given[0], given[3], moved[0], moved[3])
+        x[1].data_ptr() for x in (given[0], given[3], moved[0], moved[3])
     }
 
 
@@ -111,7 +111,7 @@ def test_maps_of_old_addresses_are_forgotten(monkeypatch):
     frame = launch._frame((4, 64), (64, 1), (1, 64), torch.float16)
     kept = [torch.zeros(4, 64).half() for _ in range(5)]
     for x in kept:
-        direct._map_of(frame.on(x), "meta")
+        direct._map_of(frame, x, "meta")
     assert 1 <= len(frame.maps) <= 2 and kept[-1].data_ptr() in frame.maps
 
 
@@ -141,7 +141,12 @@ def test_what_is_not_known_is_left_to_triton(how, monkeypatch):
         )()
     given = arguments()
     direct.launcher_of(compiled, given, (True,), DEVICE)((3,), given)
-    assert calls == [((3, 1, 1), (*given, True))] if how == "unknown insides" else compiled.by_triton == 1
+    if how != "unknown insides":
+        assert compiled.by_triton == 1
+        return
+    [(grid, passed)] = calls
+    assert grid == (3, 1, 1) and passed[1:3] == given[1:3] and passed[-1] is True
+    assert passed[0].base is given[0][1] and passed[3].base is given[3][1]
 
 
 def test_a_dtype_is_part_of_a_frame():

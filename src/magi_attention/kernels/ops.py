@@ -244,11 +244,17 @@ def _nobody_listens() -> bool:
 
 def _are_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether the operator would hand these to a backend as they are."""
-    return all(
-        x is None
-        or (type(x) in _PLAIN and (x.is_cuda or x.is_cpu) and x.layout is torch.strided and not x.is_neg())
-        for x in tensors
-    )
+    for x in tensors:  # a generator would take twice as long
+        if x is None:
+            continue
+        if (
+            type(x) not in _PLAIN
+            or not (x.is_cuda or x.is_cpu)
+            or x.layout is not torch.strided
+            or x.is_neg()
+        ):
+            return False
+    return True
 
 
 backward = torch.ops.magi_attention.backward.default

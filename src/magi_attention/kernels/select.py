@@ -41,6 +41,7 @@ class Request:
     """What changes scores or weights, from ``modifiers_of``."""
 
 
+@functools.cache
 def modifiers_of(dropout: bool, alibi: bool) -> str:
     """``Request.modifiers`` of a call with these."""
     return " and ".join(name for name, is_wanted in (("dropout", dropout), ("ALiBi", alibi)) if is_wanted)

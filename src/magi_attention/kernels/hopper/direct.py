@@ -20,7 +20,7 @@ from magi_attention.kernels.hopper.compat import TensorDescriptor
 from magi_attention.plan.cache import current_stream
 
 Launch = Callable[[tuple[int, ...], tuple], None]
-"""Takes a grid of at most two axes and the kernel's arguments but for its constants."""
+"""Takes a grid of at most two axes and the kernel's arguments but for its constants; a descriptor as (frame, tensor)."""
 
 _MOST_MAPS = 256
 
@@ -36,8 +36,13 @@ class Frame:
         """Descriptor of ``x``, whose dtype, shape and strides are those of the frame."""
         # The constructor would check again, at several times the cost of the launch, what holds for such tensors.
         descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__ = {"base": x, "frame": self, **self.fields}
+        descriptor.__dict__ = {"base": x, **self.fields}
         return descriptor
+
+
+def described(arguments: tuple) -> tuple:
+    """The arguments as Triton takes them, with descriptors."""
+    return tuple(x[0].on(x[1]) if type(x) is tuple else x for x in arguments)
 
 
 def launcher_of(compiled: Any, arguments: tuple, constants: tuple, device: torch.device) -> Launch:
@@ -48,7 +53,7 @@ def launcher_of(compiled: Any, arguments: tuple, constants: tuple, device: torch
     """
 
     def by_triton(grid: tuple[int, ...], arguments: tuple) -> None:
-        compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+        compiled[(*grid, 1, 1)[:3]](*described(arguments), *constants)
 
     insides = _insides(compiled)
     if insides is None:
@@ -67,7 +72,7 @@ def launcher_of(compiled: Any, arguments: tuple, constants: tuple, device: torch
     function, index = compiled.function, device.index
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
     pointers = [n for n, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
-    descriptors = [n for n, x in enumerate(arguments) if isinstance(x, TensorDescriptor)]
+    descriptors = [n for n, x in enumerate(arguments) if type(x) is tuple]
     # From the last to the first: each map is longer than the descriptor in whose place it comes.
     with_meta = list(zip(descriptors, maps_meta, strict=True))[::-1]
 
@@ -79,20 +84,21 @@ def launcher_of(compiled: Any, arguments: tuple, constants: tuple, device: torch
         for n in pointers:
             values[n] = values[n].data_ptr()
         for n, meta in with_meta:
-            values[n : n + 1] = _map_of(values[n], meta)
+            frame, x = values[n]
+            values[n : n + 1] = _map_of(frame, x, meta)
         launch(*(*grid, 1, 1)[:3], current_stream(index), function, *options, *values, *constants)
 
     return start
 
 
-def _map_of(descriptor: TensorDescriptor, meta: Any) -> tuple:
-    """The tensor map of a descriptor from ``Frame.on``, its shape and its strides."""
-    maps, address = descriptor.frame.maps, descriptor.base.data_ptr()
+def _map_of(frame: Frame, x: torch.Tensor, meta: Any) -> tuple:
+    """The tensor map of ``x`` in its frame, shape and strides."""
+    maps, address = frame.maps, x.data_ptr()
     found = maps.get(address)
     if found is None:
         if len(maps) >= _MOST_MAPS:
             maps.clear()
-        found = maps[address] = tuple(driver.make_tensordesc_arg(descriptor, meta))
+        found = maps[address] = tuple(driver.make_tensordesc_arg(frame.on(x), meta))
     return found
 
 

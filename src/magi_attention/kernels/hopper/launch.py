@@ -12,8 +12,8 @@ import triton
 
 from magi_attention.kernels.hopper.backward import backward_kernel
 from magi_attention.kernels.hopper.backward_wide import backward_wide_kernel
-from magi_attention.kernels.hopper.compat import TensorDescriptor, gl
-from magi_attention.kernels.hopper.direct import Frame, Launch, launcher_of
+from magi_attention.kernels.hopper.compat import gl
+from magi_attention.kernels.hopper.direct import Frame, Launch, described, launcher_of
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.operands import (
     aligned,
@@ -90,18 +90,18 @@ def forward(
     if problem.earlier is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty_strided(call.lse_shape, call.lse_stride, dtype=torch.float32, device=device)
-        out_descriptor = call.frames[3].on(out)
+        framed_out = (call.frames[3], out)
     else:
         out, lse = problem.earlier
         # A stand-in: the kernel adds to the fp32 rows without the copy engine.
-        out_descriptor = call.frames[0].on(q)
+        framed_out = (call.frames[0], q)
     max_logits = None
     if need_max_logits:
         max_logits = torch.full((q.shape[-2],), -torch.inf, dtype=torch.float32, device=device)
     plan = plan_cache.plan_for(problem.bands, call.plan_key)
     num_tiles = plan.num_tiles
     arguments = (
-        *[frame.on(x) for x, frame in zip((q, k, v), call.frames, strict=False)], out_descriptor,
+        (call.frames[0], q), (call.frames[1], k), (call.frames[2], v), framed_out,
         out, *call.out_strides, *optional(sink), lse, max_logits,
         plan.tiles, plan.band_list, plan.bands, _work_counter(device), num_tiles, *call.rest,
         *_modifiers(problem, call.plan_key.block_cols),
@@ -217,9 +217,9 @@ def backward(
     rows, keys = (1, tile.block_queries // pack, pack, dim), (1, tile.block_keys, 1, dim)
     dout_rows, part = (*rows[:3], min(dim, 128)), (1, 64, 1, min(dim, 128))
     arguments = (
-        _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(dout, dout_rows),
-        _descriptor(tiled, (_statistics(problem) * tile.block_queries,)), _descriptor(dq_sum, (128, 32)),
-        _descriptor(dk, part), _descriptor(dv, part), dq_state, dk, *strides(dk), dv, *strides(dv),
+        _framed(q, rows), _framed(k, keys), _framed(v, keys), _framed(dout, dout_rows),
+        _framed(tiled, (_statistics(problem) * tile.block_queries,)), _framed(dq_sum, (128, 32)),
+        _framed(dk, part), _framed(dv, part), dq_state, dk, *strides(dk), dv, *strides(dv),
         *work, tiles_per_unit, num_cols, *scales,
     )  # fmt: skip
     kernel: Any = backward_wide_kernel
@@ -259,7 +259,7 @@ def _modifiers(problem: Problem, block_cols: int) -> tuple:
     if problem.rng_state is None and problem.alibi is None:
         return _NO_MODIFIERS
     row_keys, num_keys, col_keys = portable.dropout_keys(problem)
-    columns = None if col_keys is None else _descriptor(col_keys.view(-1), (block_cols,))
+    columns = None if col_keys is None else _framed(col_keys.view(-1), (block_cols,))
     return (columns, row_keys, num_keys, *portable.modifiers(problem))
 
 
@@ -320,7 +320,7 @@ class _Form:
         if launch is not None:
             launch(grid, arguments)
             return
-        compiled = self._kernel[grid](*arguments, **self._constants, **self._options)
+        compiled = self._kernel[grid](*described(arguments), **self._constants, **self._options)
         if compiled is not None:
             rest = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
             self._launches[key] = launcher_of(compiled, arguments, rest, self._device)
@@ -374,9 +374,9 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return aligned(x, repeats=False)
 
 
-def _descriptor(x: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    """Descriptor of ``x`` in blocks; ``x`` is one of ours or ``_readable``."""
-    return _frame(x.shape, x.stride(), block, x.dtype).on(x)
+def _framed(x: torch.Tensor, block: tuple[int, ...]) -> tuple[Frame, torch.Tensor]:
+    """What a descriptor of ``x`` in blocks is made of; ``x`` is one of ours or ``_readable``."""
+    return _frame(x.shape, x.stride(), block, x.dtype), x
 
 
 @functools.lru_cache(maxsize=4096)
