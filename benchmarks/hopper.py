@@ -112,7 +112,7 @@ def document_bounds(report: Report, ours: str, tiles: dict[str, tuple[int, int] 
         try:
             group = row.heads // row.kv_heads
             tile = tiles.get(direction) or tiling.hopper_blocks(
-                direction, row.head_dim, group, short_runs=True
+                direction, row.head_dim, group, short_runs=True, alibi=False
             )
             kept = efficiency(row.mask, row.tokens, direction, *tile)
         except Exception as error:  # the figures of the run are worth more than this one

@@ -96,6 +96,8 @@ def test_the_hopper_kernels_count_tokens_of_packed_heads() -> None:
     assert forward == ("forward", 32, 128, False) and backward == ("backward", 128, 64, True)
     # Heads are packed where documents are short.
     assert kernel_tiles("hopper", request, 4, 16384, 100)[1].block_cols == 16
+    biased = replace(request, modifiers=modifiers_of(False, True))
+    assert kernel_tiles("hopper", biased, 4, 16384, 100)[1].block_cols == 64
     wide = kernel_tiles("hopper", replace(request, head_dim=256, head_dim_v=256), 1, 16384, 1)
     assert wide == (("forward", 128, 64, False), ("backward", 64, 64, True))
 

@@ -64,14 +64,14 @@ def attention(
         softmax_scale: D ** -0.5 when None.
         softcap: 0 is off.
         dropout_p: probability, below 1, with which a weight becomes 0; the others are divided by ``1 - dropout_p``.
-            lse does not change. The backward drops the same weights. Not in the Hopper kernels.
+            lse does not change. The backward drops the same weights.
         rng_state: int64 (2,), seed and offset of the dropout, on q's device: which weights are dropped is a function
             of it and of batch entry, head, row and column alone, the same on every backend. None draws one from the
             device's default generator, so that ``torch.manual_seed`` repeats the call.
         alibi_slopes: fp32, (H,), or (n, H), one row a band, and with a batch axis (B, H) instead: adds
             ``-slope * |j - i - (k1 - q1)|`` to the (capped) score of a pair in the band (q0, q1, k0, k1, lo, hi),
             the distance from the diagonal that ends in the band's lower right corner (Press et al. 2021). Not
-            differentiable; not in the Hopper kernels.
+            differentiable.
         return_max_logits: fill ``meta.max_logits`` (H,) fp32: the largest (capped) logit each head saw, biases
             included, -inf if none.
         deterministic: the same gradient bits every time (out and lse always are). The Hopper backward sums dq in the

@@ -162,9 +162,9 @@ def kernel_tiles(
     if dim > MAX_HEAD_DIM:
         return ()
     if backend == "hopper":
-        short = has_short_runs(num_rows, num_bands)
+        short, alibi = has_short_runs(num_rows, num_bands), "ALiBi" in request.modifiers
         return tuple(
-            KernelTile(kernel, *hopper_blocks(kernel, dim, group, short), kernel == "backward")
+            KernelTile(kernel, *hopper_blocks(kernel, dim, group, short, alibi), kernel == "backward")
             for kernel in ("forward", "backward")
         )
     found = []

@@ -151,16 +151,19 @@ def packed_heads(group: int, most: int = 16) -> int:
     return min(group & -group, most)
 
 
-def packed_heads_backward(group: int, short_runs: bool) -> int:
+def packed_heads_backward(group: int, short_runs: bool, alibi: bool) -> int:
     """Query heads that share a Q block of the backward.
 
     Packing rounds a run to fewer tokens, which pays for short documents; taking the heads one after the other keeps
-    fewer of them in L2 at a time, which pays for everything else.
+    fewer of them in L2 at a time, which pays for everything else. With ALiBi the heads of a block would have slopes of
+    their own.
     """
-    return packed_heads(group) if short_runs else 1
+    return packed_heads(group) if short_runs and not alibi else 1
 
 
-def hopper_blocks(direction: str, head_dim: int, group: int, short_runs: bool) -> tuple[int, int]:
+def hopper_blocks(
+    direction: str, head_dim: int, group: int, short_runs: bool, alibi: bool
+) -> tuple[int, int]:
     """(rows of a tile, columns a step) of the Hopper "forward" or "backward", in tokens; the backward's rows are keys.
 
     Heads of a group that share a tile leave room for fewer tokens of the queries.
@@ -169,4 +172,4 @@ def hopper_blocks(direction: str, head_dim: int, group: int, short_runs: bool) -
         forward = hopper_forward_tile(head_dim, short_runs)
         return forward.block_rows(packed_heads(group)), forward.block_cols
     backward = hopper_backward_tile(head_dim)
-    return backward.block_keys, backward.block_queries // packed_heads_backward(group, short_runs)
+    return backward.block_keys, backward.block_queries // packed_heads_backward(group, short_runs, alibi)

@@ -187,10 +187,8 @@ def backward(
     batch, num_rows, num_heads, head_dim = q.shape
     num_cols, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
-    # With ALiBi the heads of a block would have slopes of their own.
-    pack = packed_heads_backward(
-        group, has_short_runs(num_rows, problem.bands.shape[0]) and problem.alibi is None
-    )
+    short = has_short_runs(num_rows, problem.bands.shape[0])
+    pack = packed_heads_backward(group, short, problem.alibi is not None)
     tile, dim = hopper_backward_tile(head_dim), _padded(head_dim)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     key = PlanKey(num_rows, num_cols, tile.block_keys, tile.block_queries // pack, True, q.device)
