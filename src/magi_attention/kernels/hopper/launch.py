@@ -100,14 +100,15 @@ def forward(
         max_logits = torch.full((q.shape[-2],), -torch.inf, dtype=torch.float32, device=device)
     plan = plan_cache.plan_for(problem.bands, call.plan_key)
     num_tiles = plan.num_tiles
+    modifiers = _modifiers(problem, call.plan_key.block_cols)
     arguments = (
         (call.frames[0], q), (call.frames[1], k), (call.frames[2], v), framed_out,
         out, *call.out_strides, *optional(sink), lse, max_logits,
-        plan.tiles, plan.band_list, plan.bands, _work_counter(device), num_tiles, *call.rest,
-        *_modifiers(problem, call.plan_key.block_cols),
+        plan.tiles, plan.band_list, plan.bands, _work_counter(device), num_tiles, *call.rest, *modifiers,
     )  # fmt: skip
     programs = min(num_tiles * call.num_units, call.max_programs)
     is_wide = call.is_wide or num_tiles > _INT32 or (sink is not None and max(sink.stride()) > _INT32)
+    is_wide = is_wide or (modifiers is not _NO_MODIFIERS and _needs_64_bits(modifiers))
     call.form.start((programs,), arguments, is_wide, sink, *(problem.earlier or ()), *_slopes(problem))
     return out, lse, max_logits
 
@@ -156,7 +157,7 @@ def _forward_of(
     constants = {
         "PACK": pack, "D": dim, "DV": head_dim, "BLOCK_N": tile.block_cols, "STAGES": tile.num_stages,
         "SOFTCAP": softcap > 0, "HAS_SINK": has_sink, "HAS_MAX": need_max_logits,
-        "ACCUMULATE": accumulate, "DROPOUT": dropout, "ALIBI": alibi and num_bands > 0,
+        "ACCUMULATE": accumulate, **_features(dropout, alibi, num_bands),
         "STAGED": tile.staged_out and not accumulate, "Q_BUFS": tile.num_q_buffers,
         "CONSUMER_REGS": tile.consumer_registers, "PRODUCER_REGS": tile.producer_registers,
     }  # fmt: skip
@@ -199,8 +200,8 @@ def backward(
         num_kv_heads, group // pack, wave(q, dout, num_kv_heads), _PARTS,
     )  # fmt: skip
     *row_keys, col_keys = portable.dropout_keys(problem)
-    dk_scale = problem.softmax_scale / (1.0 - problem.dropout_p)
-    scales = (*_scales(problem.softmax_scale, problem.softcap), dk_scale)
+    gradient_scale = problem.softmax_scale / (1.0 - problem.dropout_p)
+    scales = (*_scales(problem.softmax_scale, problem.softcap), gradient_scale)
     constants = {
         "PACK": pack, "D": dim, "HEAD_DIM": head_dim, "BLOCK_Q": tile.block_queries, "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages, "SOFTCAP": problem.softcap > 0,
@@ -224,12 +225,12 @@ def backward(
     if dim <= 128:
         kernel = backward_kernel
         arguments += (col_keys, *portable.modifiers(problem))
-        constants |= _features(problem)
+        constants |= _features(problem.rng_state is not None, problem.alibi is not None, len(problem.bands))
     _start(kernel, (programs,), arguments, constants, tile.max_registers, q, *_slopes(problem))
     dq = torch.empty_like(q)
     parts = tile.block_queries * dim // 4096
     arguments = (
-        dq_sum, dq_state, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, dk_scale,
+        dq_sum, dq_state, dq, *strides(dq), num_rows, num_heads, tiles_per_unit, gradient_scale,
     )  # fmt: skip
     constants = {"PACK": pack, "D": head_dim, "BLOCK_Q": tile.block_queries, "PARTS": parts}
     _start(gather_dq_kernel, (num_blocks, parts), arguments, constants, None, q)
@@ -241,11 +242,9 @@ def _statistics(problem: Problem) -> int:
     return 2 if problem.rng_state is None else 4
 
 
-def _features(problem: Problem) -> dict[str, bool]:
-    return {
-        "DROPOUT": problem.rng_state is not None,
-        "ALIBI": problem.alibi is not None and len(problem.bands) > 0,
-    }
+def _features(dropout: bool, alibi: bool, num_bands: int) -> dict[str, bool]:
+    """What kernels leave out when it is not asked for; without bands there are no slopes to read."""
+    return {"DROPOUT": dropout, "ALIBI": alibi and num_bands > 0}
 
 
 def _slopes(problem: Problem) -> tuple[torch.Tensor, ...]:
@@ -344,9 +343,13 @@ def _start(
     q: torch.Tensor,
     *foreign: torch.Tensor | None,
 ) -> None:
-    is_wide = max(x for x in arguments if type(x) is int) > _INT32
+    is_wide = _needs_64_bits(arguments)
     form = _form(kernel, tuple(constants.items()), max_registers, q.dtype, q.device)
     form.start(grid, arguments, is_wide, *foreign)
+
+
+def _needs_64_bits(arguments: tuple) -> bool:
+    return max(x for x in arguments if type(x) is int) > _INT32
 
 
 def _has_no_tokens(problem: Problem) -> bool:
