@@ -161,14 +161,12 @@ def measure_features(
     """Rows of every variant, and as costs their speed over the plain call's, by direction."""
     device = torch.device(report.arguments["device"])
     work = workload(MASK, TOKENS // shrink)
-    watch = stopwatch(device)
+    watch, variants = stopwatch(device), offered(backend, device)
     if device.type == "cuda":
-        together(
-            [__file__, str(VARIANTS.index(v)), backend, dtype, device.type] for v in offered(backend, device)
-        )
+        together([__file__, str(VARIANTS.index(v)), backend, dtype, device.type] for v in variants)
     rows: dict[tuple[str, str], Row] = {}
     entrants: dict[str, Entrant] = {}
-    for variant in offered(backend, device):
+    for variant in variants:
         label = backend if variant.name == "plain" else f"{backend} {variant.name}"
         shape = (work.name, work.tokens, *HEADS, HEAD_DIM, variant.dtype or dtype)
         for direction in variant.measured:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from magi_attention.api import flash_attn_internals as internals
+from magi_attention.api.flash_attn_core import written_into
 from magi_attention.api.flash_attn_mask import Side
-from magi_attention.errors import check_tensor
 
 Optional = torch.Tensor | None
 
@@ -33,11 +33,11 @@ def fwd(
 ) -> list[torch.Tensor]:
     """[out, softmax_lse, S_dmask, rng_state]; into ``out`` if it is given."""
     _refuse_generator(gen)
-    found = internals._flash_attn_forward(
+    result, *others = internals._flash_attn_forward(
         q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
         return_softmax,
     )  # fmt: skip
-    return _into(out, found)
+    return [written_into("out", out, result), *others]
 
 
 def varlen_fwd(
@@ -66,12 +66,12 @@ def varlen_fwd(
 ) -> list[torch.Tensor]:
     """[out, softmax_lse, S_dmask, rng_state] of packed sequences; into ``out`` if it is given."""
     _refuse_generator(gen)
-    found = internals._flash_attn_varlen_forward(
+    result, *others = internals._flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale, is_causal,
         window_size_left, window_size_right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k, seqused_k,
         zero_tensors, num_splits,
     )  # fmt: skip
-    return _into(out, found)
+    return [written_into("out", out, result), *others]
 
 
 def bwd(
@@ -97,7 +97,7 @@ def bwd(
 ) -> list[torch.Tensor]:
     """[dq, dk, dv, softmax_d]; into those that are given."""
     _refuse_generator(gen)
-    dq, dk, dv = (torch.empty_like(x) if given is None else given for x, given in ((q, dq), (k, dk), (v, dv)))
+    dq, dk, dv = _places((q, dq), (k, dk), (v, dv))
     delta = internals._flash_attn_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, p_dropout, softmax_scale, is_causal, window_size_left,
         window_size_right, softcap, alibi_slopes, deterministic, rng_state,
@@ -133,7 +133,7 @@ def varlen_bwd(
 ) -> list[torch.Tensor]:
     """[dq, dk, dv, softmax_d] of packed sequences; into those that are given."""
     _refuse_generator(gen)
-    dq, dk, dv = (torch.empty_like(x) if given is None else given for x, given in ((q, dq), (k, dk), (v, dv)))
+    dq, dk, dv = _places((q, dq), (k, dk), (v, dv))
     delta = internals._flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
@@ -150,8 +150,6 @@ def _refuse_generator(gen: Any) -> None:
         )
 
 
-def _into(out: Optional, found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    if out is None:
-        return list(found)
-    check_tensor("out", out, shape=found[0].shape, dtypes=(found[0].dtype,), device=found[0].device)
-    return [out.copy_(found[0]), *found[1:]]
+def _places(*pairs: tuple[torch.Tensor, Optional]) -> list[torch.Tensor]:
+    """Where gradients go: what was given for them beside each input, or new memory."""
+    return [torch.empty_like(x) if given is None else given for x, given in pairs]

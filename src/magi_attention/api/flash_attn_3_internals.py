@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from magi_attention.api import flash_attn_3 as fa3
-from magi_attention.api.flash_attn_core import Options, write_gradients
+from magi_attention.api.flash_attn_core import Options, write_gradients, written_into
 from magi_attention.api.flash_attn_mask import Side, Window, mask_of_batch, mask_of_packed
-from magi_attention.errors import check_tensor, complaint
+from magi_attention.errors import complaint
 
 Optional = torch.Tensor | None
 
@@ -88,10 +88,7 @@ def _flash_attn_forward(
         cuts = _both(cu_seqlens_q, cu_seqlens_k)
         lengths = (_given(max_seqlen_q, len(q)), _given(max_seqlen_k, len(k)), seqused_q, seqused_k)
         out, lse = fa3.flash_attn_varlen_func(q, k, v, *cuts, *lengths, *rest, **settings)  # type: ignore[arg-type]
-    if out_ is not None:
-        check_tensor("out_", out_, shape=out.shape, dtypes=(out.dtype,), device=out.device)
-        out = out_.copy_(out)
-    return out, lse, None, None
+    return written_into("out_", out_, out), lse, None, None
 
 
 @torch.no_grad()

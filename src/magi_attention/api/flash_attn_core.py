@@ -14,7 +14,7 @@ from magi_attention.attention import (
     attention_backward,
     draw_rng_state,
 )
-from magi_attention.errors import check_type, complaint
+from magi_attention.errors import check_tensor, check_type, complaint
 from magi_attention.kernels.problem import Alibi
 from magi_attention.kernels.reference.dense import dense_logits, multiplicity
 from magi_attention.kernels.reference.modifiers import column_keys, kept, row_keys
@@ -147,6 +147,14 @@ def write_gradients(
     return products.sum(-1).transpose(-1, -2).contiguous()
 
 
+def written_into(name: str, given: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    """``result``, in the tensor that was ``given`` for it under this name, if there is one."""
+    if given is None:
+        return result
+    check_tensor(name, given, shape=result.shape, dtypes=(result.dtype,), device=result.device)
+    return given.copy_(result)
+
+
 def _padded(x: torch.Tensor) -> torch.Tensor:
     """With zeros up to whole 16 bytes a row, which the GPU kernels need."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8)) if x.is_cuda and x.shape[-1] % 8 else x
@@ -182,6 +190,7 @@ def dropout_pattern(
         cuts_q, cuts_k = (x.tolist() for x in boundaries)
         spans = [(0, *cuts_q[n : n + 2], *cuts_k[n : n + 2]) for n in range(len(cuts_q) - 1)]
         q, k = q[None], k[None]
+    column_keys_S = column_keys(options.state, torch.arange(k.shape[1], device=k.device))
     whole = Mask(mask.table.cpu().numpy(), mask.num_rows, mask.num_cols)
     rows = max((q1 - q0 for _, q0, q1, _, _ in spans), default=0)
     cols = max((k1 - k0 for *_, k0, k1 in spans), default=0)
@@ -200,7 +209,6 @@ def dropout_pattern(
         top = logits.amax(dim=2, keepdim=True) if k1 > k0 else logits.new_zeros(1)
         weights = torch.exp(logits - top.nan_to_num(neginf=0.0))
         keys = row_keys(options.state, b, q.shape[2], torch.arange(q0, q1, device=q.device))
-        keys_of_columns = column_keys(options.state, torch.arange(k0, k1, device=q.device))
-        keep = kept(keys, keys_of_columns, options.dropout_p)
+        keep = kept(keys, column_keys_S[k0:k1], options.dropout_p)
         result[n, :, : q1 - q0, : k1 - k0] = torch.where(keep, weights, -weights)
     return result

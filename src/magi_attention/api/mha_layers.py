@@ -84,12 +84,9 @@ class _Layer(nn.Module):
     def _attend_packed(self, qkv: torch.Tensor, **settings: Any) -> torch.Tensor:
         """Self-attention of ``qkv`` (..., 3, heads, head_dim)."""
         if self.rotary_emb_dim > 0:
-            cu_seqlens, longest = settings.get("cu_seqlens"), settings.get("max_seqlen")
-            if cu_seqlens is None:
-                qkv = self.rotary_emb(qkv)
-            else:
-                q, kv = self._turned_sequences(qkv[:, 0], qkv[:, 1:], cu_seqlens, longest)
-                qkv = torch.cat([q[:, None], kv], dim=1)
+            if settings.get("cu_seqlens") is not None:  # turning parts them anyway
+                return self._attend(qkv[:, 0], qkv[:, 1:], **settings)
+            qkv = self.rotary_emb(qkv)
         return self._run(self.inner_attn, qkv, **settings)
 
     def _attend(self, q: torch.Tensor, kv: torch.Tensor, **settings: Any) -> torch.Tensor:
@@ -103,6 +100,12 @@ class _Layer(nn.Module):
             else:
                 q, kv = self._turned_sequences(q, kv, cu_seqlens, longest)
         return self._run(self.inner_cross_attn, q, kv, **settings)
+
+    def _heads(self, q: torch.Tensor) -> torch.Tensor:
+        return q.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def _pairs(self, kv: torch.Tensor) -> torch.Tensor:
+        return kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
 
     def _run(self, inner: nn.Module, *tensors: torch.Tensor, **settings: Any) -> torch.Tensor:
         if self.checkpointing:
@@ -295,12 +298,6 @@ class MHA(_Layer):
             return y
         return getattr(self, "dwconv_" + name)(y.transpose(1, 2))[..., :-2].transpose(1, 2)
 
-    def _heads(self, q: torch.Tensor) -> torch.Tensor:
-        return q.unflatten(-1, (self.num_heads, self.head_dim))
-
-    def _pairs(self, kv: torch.Tensor) -> torch.Tensor:
-        return kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
-
     def _check_call(
         self, x_kv: Any, key_padding_mask: Any, cu_seqlens: Any, mixer_subset: Any, inference_params: Any
     ) -> None:
@@ -414,8 +411,7 @@ class ParallelMHA(_Layer):
         if seqlen is not None:
             qkv = qkv.unflatten(0, (-1, seqlen))
         own = self.num_heads * self.head_dim
-        kv = qkv[..., own:].unflatten(-1, (2, self.num_heads_kv, self.head_dim))
-        q = qkv[..., :own].unflatten(-1, (self.num_heads, self.head_dim))
+        q, kv = self._heads(qkv[..., :own]), self._pairs(qkv[..., own:])
         if inference_params is not None:
             context = self._attend_cached(q, kv, inference_params)
         else:

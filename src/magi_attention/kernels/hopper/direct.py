@@ -59,16 +59,9 @@ def launcher_of(compiled: Any, arguments: tuple, constants: tuple, device: torch
     if insides is None:
         return by_triton
     run, launch, maps_meta = insides
-    options = (
-        run.launch_cooperative_grid,
-        run.launch_pdl,
-        None,
-        None,
-        compiled.packed_metadata,
-        None,
-        None,
-        None,
-    )
+    # As CudaLauncher passes them: no scratch memory, no metadata for hooks, no hooks.
+    kind = (run.launch_cooperative_grid, run.launch_pdl)
+    options = (*kind, None, None, compiled.packed_metadata, None, None, None)
     function, index = compiled.function, device.index
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
     pointers = [n for n, x in enumerate(arguments) if isinstance(x, torch.Tensor)]

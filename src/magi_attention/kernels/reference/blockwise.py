@@ -173,8 +173,7 @@ class _Scores:
     """Scores of one tile of scaled queries ``q`` (K, R, D) with keys ``k`` (K, S, D), a chunk at a time.
 
     ``heads`` are the query heads of batch entry ``batch`` that ``q`` holds, ``keys`` those of the dropout for all heads'
-    rows and for all columns.
-    Two rooms: one for the scores, one for what is made from them.
+    rows and for all columns. Two rooms: one for the scores, one for what is made from them.
     """
 
     q: torch.Tensor

@@ -53,12 +53,12 @@ def _philox(rng_state: torch.Tensor, first: torch.Tensor, second: torch.Tensor) 
     counter = [first + zero, second + zero, zero + (offset & _LOW), zero + (offset >> 32 & _LOW)]
     key = [seed & _LOW, seed >> 32 & _LOW]
     for _ in range(10):
-        low, high = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        product_0, product_2 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
         counter = [
-            (high >> 32 & _LOW) ^ counter[1] ^ key[0],
-            high & _LOW,
-            (low >> 32 & _LOW) ^ counter[3] ^ key[1],
-            low & _LOW,
+            (product_2 >> 32 & _LOW) ^ counter[1] ^ key[0],
+            product_2 & _LOW,
+            (product_0 >> 32 & _LOW) ^ counter[3] ^ key[1],
+            product_0 & _LOW,
         ]
         key = [key[0] + 0x9E3779B9 & _LOW, key[1] + 0xBB67AE85 & _LOW]
     return _wrapped(counter[0]), _wrapped(counter[1])

@@ -120,7 +120,9 @@ def dropout_keys(problem: Problem) -> tuple[torch.Tensor | None, int, torch.Tens
     owners = num_heads * (problem.q.shape[0] if problem.q.dim() == 4 else 1)
     num_keys, num_cols = owners * num_rows, problem.k.shape[-3]
     row_keys = torch.empty(2, num_keys, dtype=torch.int32, device=problem.q.device)
-    col_keys = torch.empty(_COPIES, -(-num_cols // 4) * 4, dtype=torch.int32, device=problem.q.device)
+    col_keys = torch.empty(
+        _COPIES, triton.cdiv(num_cols, _COPIES) * _COPIES, dtype=torch.int32, device=problem.q.device
+    )
     programs = triton.cdiv(num_rows, _KEY_BLOCK) * owners + triton.cdiv(num_cols, _KEY_BLOCK)
     if programs:
         keys_kernel[(programs,)](
