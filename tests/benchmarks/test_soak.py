@@ -106,6 +106,21 @@ def test_columns_in_parts_are_looked_at_too(monkeypatch, capsys):
     assert "in parts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("spoil", "code"), [(1.0, 0), (4.0, soak.BROKEN)])
+def test_what_the_rounding_of_out_leaves_in_gradients_of_zero_is_no_fault(monkeypatch, spoil, code):
+    true = oracle.attention
+
+    def as_another_backend(q, *args, backend=None, **settings):
+        if backend != "blockwise" and q.requires_grad:
+            q.register_hook(lambda gradient: gradient * spoil)
+        return true(q, *args, backend="blockwise", **settings)
+
+    monkeypatch.setattr(oracle, "attention", as_another_backend)
+    one_key_with_dropout = 4299
+    args = ["--device", "cpu", "--backend", "another", "--seed", str(one_key_with_dropout)]
+    assert soak.main(args) == code
+
+
 def test_a_call_that_raises_is_broken(monkeypatch, capsys):
     def fails(*args, **settings):
         raise RuntimeError("illegal memory access")
