@@ -42,18 +42,25 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (sq, h, dv) and lse (h, sq), -inf for a row that sees nothing, of q (sq, h, d), k (sk, hk, d), v (sk, hk, dv).
 
-    ``slopes`` (h,); ``sink`` (s, h) or (sq, s, h).
+    ``slopes`` (h,); ``sink`` (s, h) or (sq, s, h). Matrices are multiplied in the inputs' dtype, the softmax is in at
+    least fp32.
     """
     sq, heads, dim = q.shape
     sk, group = k.shape[0], heads // k.shape[1]
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     rows = []
     for h in range(heads):
-        s = q[:, h] @ k[:, h // group].T * scale
+        s = (q[:, h] @ k[:, h // group].T).to(torch.promote_types(q.dtype, torch.float32)) * scale
         if softcap > 0:
             s = softcap * torch.tanh(s / softcap)
         if slopes is not None:
-            distance = (torch.arange(sq)[:, None] + sk - sq - torch.arange(sk)[None, :]).abs()
+            distance = (
+                torch.arange(sq, device=q.device)[:, None]
+                + sk
+                - sq
+                - torch.arange(sk, device=q.device)[None, :]
+            )
+            distance = distance.abs()
             s = s - slopes[h].to(s.dtype) * distance
         s = s.masked_fill(~seen, -torch.inf)
         if sink is not None:
@@ -62,5 +69,5 @@ def reference(
         blind = (s == -torch.inf).all(dim=1, keepdim=True)
         weights = torch.softmax(s.masked_fill(blind, 0.0), dim=1).masked_fill(blind, 0.0)[:, :sk]
         lse = torch.logsumexp(s.masked_fill(blind, 0.0), dim=1).masked_fill(blind[:, 0], -torch.inf)
-        rows.append((weights @ v[:, h // group], lse))
+        rows.append((weights.to(v.dtype) @ v[:, h // group], lse))
     return torch.stack([out for out, _ in rows], dim=1), torch.stack([lse for _, lse in rows])

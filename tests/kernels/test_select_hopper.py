@@ -118,7 +118,7 @@ def test_without_gluon_triton_runs_instead(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_triton_torch_operations_run_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_HAS_TRITON", False)
+    monkeypatch.setattr(select, "HAS_TRITON", False)
     assert "Gluon is missing" in refusal("hopper", ON_HOPPER)
     assert choose_backend(ON_HOPPER) == "blockwise"
 

@@ -217,7 +217,8 @@ def varlen_mask(
 
 
 def cache_mask(
-    queries: Sequence[int],
+    queries: Sequence[int] | torch.Tensor,
+    num_rows: int,
     num_cols: int,
     capacity: int,
     used: torch.Tensor,
@@ -226,26 +227,32 @@ def cache_mask(
     window: tuple[Side, Side],
     keep_first: int,
     force_fa_decode: bool,
+    chunk: int = 0,
 ) -> DeviceMask:
-    """The mask of batches of queries (batch, each) and a cache whose rows of ``capacity`` keys lie one behind the other.
+    """The mask of queries and a cache whose rows of ``capacity`` keys lie one behind the other.
 
     Args:
-        num_cols: keys of all rows. used: (batch,) positions in use of each entry's row; ``leftpad`` of them, from the
-            beginning, are not.
+        queries: (batch, how many of each), or (batch + 1,) boundaries on the cache's device.
+        num_rows: queries of all. num_cols: keys of all rows.
+        used: (batch,) positions in use of each entry's row; ``leftpad`` of them, from the beginning, are not.
         rows: (batch,) which row of the cache is whose; the entry's own when None.
+        chunk: as in ``varlen_mask``.
     """
-    batch, each = queries
-    entry = torch.arange(batch, device=used.device, dtype=torch.int32)
-    for name, x in (("cache_batch_idx", rows), ("cache_leftpad", leftpad)):
-        if x is not None:
-            check_tensor(name, x, shape=(batch,), dtypes=(torch.int32, torch.int64), device=used.device)
+    entry = torch.arange(len(used), device=used.device, dtype=torch.int32)
+    if isinstance(queries, torch.Tensor):
+        first, last = _spans(queries, None)
+    else:
+        first, last = queries[1] * entry, queries[1] * (entry + 1)
     begin = capacity * (entry if rows is None else rows.to(torch.int32))
     end = begin + used.clamp(0, capacity)
     if leftpad is not None:
         begin = torch.minimum(begin + leftpad.to(torch.int32).clamp(min=0), end)
-    corners = (each * entry, each * (entry + 1), begin, end)
-    table = _table(corners, (batch * each, num_cols), window, keep_first, force_fa_decode)
-    return DeviceMask(table, batch * each, num_cols)
+    corners = (first, last, begin, end)
+    if chunk:
+        table = _chunks(corners, window, chunk, -(-capacity // chunk))
+    else:
+        table = _table(corners, (num_rows, num_cols), window, keep_first, force_fa_decode)
+    return DeviceMask(table, num_rows, num_cols)
 
 
 def _check_boundaries(

@@ -49,6 +49,22 @@ def engine_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]
     return [*(s if n > 1 else ALIGN for s, n in zip(stride[:-1], shape, strict=False)), 1]
 
 
+def unit_of(*tensors: torch.Tensor) -> int:
+    """Elements that all strides are multiples of: ALIGN, where rows begin at whole 16 bytes too, or 1."""
+    return ALIGN if all(_in_units(x) for x in tensors) else 1
+
+
+def _in_units(x: torch.Tensor) -> bool:
+    strides = zip(x.stride()[:-1], x.shape, strict=False)
+    return x.data_ptr() % 16 == 0 and all(s % ALIGN == 0 for s, n in strides if n > 1)
+
+
+def units(x: torch.Tensor, unit: int) -> tuple[int, ...]:
+    """Strides of (B, T, H) in ``unit``, of packed tensors (T, H) with 0 for the first; the last axis has none."""
+    found = tuple(s // unit if n > 1 else 0 for s, n in zip(x.stride()[:-1], x.shape, strict=False))
+    return found if x.dim() == 4 else (0, *found)
+
+
 def optional(x: torch.Tensor | None) -> tuple:
     """Pointer and strides of an optional fp32 (B, T, H) tensor."""
     return (None, 0, 0, 0) if x is None else (x, *x.stride())

@@ -25,7 +25,7 @@ MAX_HEAD_DIM = 256
 MAX_MODIFIED_HEAD_DIM = 128
 """Of Hopper calls with dropout or ALiBi."""
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _hopper_refusal(request: Request) -> str | None:
 
 def _has_gluon() -> bool:
     # Asked on a Hopper GPU only: finding the module imports Triton.
-    return _HAS_TRITON and _find_gluon()
+    return HAS_TRITON and _find_gluon()
 
 
 @functools.cache
@@ -106,7 +106,7 @@ def _device_name(request: Request) -> str:
 
 
 def _triton_refusal(request: Request) -> str | None:
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return 'Triton is not installed (pip install "magi_attention[gpu]")'
     if request.device_type != "cuda" and not env.triton_interpreter():
         return f"tensors are on {request.device_type}, not on a GPU, and TRITON_INTERPRET is not 1"

@@ -1,0 +1,103 @@
+"""Compile the kernels on caches ahead of time for sm_90 and print what came out as JSON; run as a program."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+from ahead_of_time import compile_for_hopper, disassemble, spilled_bytes
+from triton.compiler import ASTSource
+
+from magi_attention.kernels.triton.append import append_kernel
+from magi_attention.kernels.triton.decode import decode_kernel
+from magi_attention.kernels.triton.decode_launch import tiling_of
+
+INTEGERS = {"USED", "LEFTPAD", "ROWS", "CU_Q", "CU_NEW", "TABLE", "COUNTERS", "POSITIONS"}
+STATISTICS = {"LSE", "PARTS", "STATS", "SLOPES", "SINK"}
+
+
+def figures(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> dict[str, int]:
+    """Spilled bytes, shared memory, and 16-byte copies and loads of one variant, bf16."""
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in constants:
+            types[name] = "constexpr"
+        elif parameter.annotation_type:
+            types[name] = parameter.annotation_type
+        elif name.isupper():
+            types[name] = "*i32" if name in INTEGERS else "*fp32" if name in STATISTICS else "*bf16"
+        else:
+            types[name] = "i32"
+    aligned = {
+        (n,): [["tt.divisibility", 16]] for n, kind in enumerate(types.values()) if kind.startswith("*")
+    }
+    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    compiled, log = compile_for_hopper(source, options)
+    assembly = disassemble(compiled)
+    return {
+        "spills": spilled_bytes(log),
+        "shared": compiled.metadata.shared,
+        "copies": len(re.findall(r"LDGSTS\.\S*128", assembly)),
+        "narrow_copies": len(re.findall(r"LDGSTS(?!\S*128)", assembly)),
+        "products": len(re.findall(r"\b(?:HMMA|HGMMA)", assembly)),
+    }
+
+
+def decode(rows: int, head_dim: int, paged: bool = False, kept: bool = False) -> dict[str, int]:
+    """The kernel for ``rows`` queries times heads of a sequence."""
+    cut = tiling_of(rows, head_dim, 2)
+    absent = ("LEFTPAD", "ROWS", "CU_Q", "CU_NEW", "SINK", "SLOPES", *(() if paged else ("TABLE",)))
+    constants: dict[str, Any] = dict.fromkeys(absent)
+    constants |= {"PAGE_SIZE": 16 if paged else 0, "HAS_KEPT": kept, "MASKED": rows > 16, "SOFTCAP": False}
+    constants |= {
+        "D": head_dim,
+        "DV": head_dim,
+        "BLOCK_D": head_dim,
+        "BLOCK_DV": head_dim,
+        "UNIT": 8,
+        "UNIT_O": 8,
+    }
+    live = min(rows, cut.rows)
+    constants |= {
+        "BLOCK_B": 64,
+        "BLOCK_M": cut.rows,
+        "BLOCK_R": live,
+        "BLOCK_N": cut.cols,
+        "PRECISION": "tf32",
+    }
+    at_a_time = max(1, min(16, 2048 * cut.warps // (live * head_dim)))
+    constants |= {"AT_A_TIME": at_a_time, "MOST_PIECES": 16}
+    return figures(decode_kernel, constants, {"num_warps": cut.warps, "num_stages": cut.stages})
+
+
+def append(interleaved: bool) -> dict[str, int]:
+    """The kernel that appends and turns."""
+    constants = dict.fromkeys(("ROWS", "POSITIONS", "CU_NEW", "CU_Q", "TABLE"))
+    constants |= {
+        "TURNED": True,
+        "INTERLEAVED": interleaved,
+        "QUERIES_MOVE": True,
+        "R": 64,
+        "D": 128,
+        "DV": 128,
+    }
+    constants |= {"UNIT": 8, "BLOCK_B": 64, "BLOCK_H": 16, "BLOCK_D": 128}
+    return figures(append_kernel, constants, {"num_warps": 4})
+
+
+def main() -> None:
+    """Print the figures of every variant."""
+    found = {
+        f"decode {rows} {dim}": decode(rows, dim) for rows in (4, 16, 32, 64, 128) for dim in (64, 128, 256)
+    }
+    found["decode 4 128 paged"] = decode(4, 128, paged=True)
+    found["decode 4 128 kept"] = decode(4, 128, kept=True)
+    found["append halves"], found["append interleaved"] = append(False), append(True)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
