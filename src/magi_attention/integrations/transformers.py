@@ -176,7 +176,7 @@ def attention_forward(
         query: (batch, nheads, sq, headdim). key, value: (batch, nheads_k, sk, headdim).
         attention_mask: of ``attention_mask_of``: (batch, n) int, or None.
         dropout: probability while the module trains. scaling: headdim ** -0.5 when None. softcap: None is off.
-        sliding_window: keys in the layer's own window, the query's own among them.
+        sliding_window: keys in the layer's own window, the query's own among them; as many on the right if not causal.
         s_aux: (nheads,) logits of attention sinks.
         position_ids: (batch or 1, sq). Without a mask, and if all keys come with the call, a position that is not the
             next after the one before it begins another sequence.
@@ -194,6 +194,8 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in _in_autocast(query, key, value))
     if attention_mask is not None:
         _check_mask(attention_mask, q)
+    if softcap is not None and softcap < 0:
+        raise ValueError(complaint("softcap", "at least 0, or None", softcap))
     call = _Call(q, k, v, s_aux, sight, scaling, softcap or 0.0, float(dropout) if module.training else 0.0)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         cuts = _boundaries(cu_seq_lens_q, cu_seq_lens_k, attention_mask)
