@@ -162,6 +162,22 @@ def test_dropout_acts_in_training_alone_and_repeats() -> None:
     assert (first - quiet).norm() > 0.01 * quiet.norm()
 
 
+def test_a_layer_that_does_not_train_drops_nothing() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    layer = torch.nn.Module().eval()
+    found = [integration.attention_forward(layer, q, k, v, dropout=p)[0] for p in (0.0, 0.5)]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], integration.attention_forward(layer.train(), q, k, v, dropout=0.5)[0])
+
+
+def test_packed_sequences_are_numbered_for_layers_that_get_no_positions() -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
+    found = create_causal_mask(model("llama", NAME).config, torch.zeros(2, 5, 4), None, None, positions)
+    assert found.tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]]
+
+
 def test_autocast_decides_the_precision() -> None:
     ids = tokens(2, 19)
     made = model("qwen3", NAME)
