@@ -224,6 +224,18 @@ def test_masks_that_cannot_be_expressed_are_refused() -> None:
         create_chunked_causal_mask(made.config, **inputs)
 
 
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_models_that_would_take_the_mask_alone_are_refused(kind: str) -> None:
+    sizes = {"hidden_size": 32, "n_layer": 1, "num_hidden_layers": 1, "n_head": 2, "num_attention_heads": 2}
+    made = transformers.AutoModelForCausalLM.from_config(
+        transformers.CONFIG_MAPPING[kind](**sizes, vocab_size=8), attn_implementation=NAME
+    )
+    with pytest.raises(
+        NotImplementedError, match="model: expected layers that use transformers' AttentionInterface"
+    ):
+        made(torch.ones(1, 4, dtype=torch.long))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -258,11 +270,6 @@ def test_masks_that_cannot_be_expressed_are_refused() -> None:
             {"cu_seq_lens_q": torch.tensor([0, 4])},
             ValueError,
             "cu_seq_lens_q, cu_seq_lens_k: expected both, got one",
-        ),
-        (
-            {"position_ids": torch.zeros(1, 3)},
-            ValueError,
-            r"position_ids shape: expected \(1, 4\), got \(1, 3\)",
         ),
         ({"sliding_window": 0}, ValueError, "sliding_window: expected at least 1, or None, got 0"),
         ({"softcap": -1.0}, ValueError, "softcap: expected at least 0, or None, got -1.0"),

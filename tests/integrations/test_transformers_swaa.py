@@ -131,6 +131,29 @@ def test_chunks_and_steps_show_what_the_definition_shows(
         assert cache.get_mask_sizes(7, 0) == (now + 7, 0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt-oss", "gemma2"])
+def test_steps_through_the_cache_function_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ids = sliding(kind, SWAAConfig(9, 2, [1])), tokens(2, 30)
+    options = {"max_new_tokens": 9, "do_sample": False, "prefill_chunk_size": 13, "output_logits": True}
+    options |= {"return_dict_in_generate": True}
+    expected = made.generate(ids, past_key_values=SWAACache(made.config), **options)
+    calls = []
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(arguments[0].shape[1])
+        return with_cache(*arguments, **keywords)
+
+    # As on a GPU.
+    with_cache = integration.flash_attn_with_kvcache
+    few = property(lambda call: call.q.shape[1] <= 16 and call.q.shape[1] < call.k.shape[1])
+    monkeypatch.setattr(integration._Call, "is_decoding", few)
+    monkeypatch.setattr(integration, "flash_attn_with_kvcache", counted)
+    found = made.generate(ids, past_key_values=SWAACache(made.config), **options)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        close(ours, theirs)
+    assert calls == [13] * 2 + [4] * 2 + [1] * 2 * 8
+
+
 def stored(cache: Any) -> list[int]:
     for layer in cache.layers:
         assert layer.keys.shape[:3] == layer.values.shape[:3]
@@ -289,8 +312,16 @@ def test_wrong_models_and_recipes_are_refused() -> None:
     t5 = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=8)
     with pytest.raises(NotImplementedError, match="model: expected a decoder, got an encoder-decoder"):
         enable_swaa(transformers.T5ForConditionalGeneration(t5), SWAAConfig(4))
-    assert made.config._attn_implementation == "eager"
-    assert not hasattr(made.config, "swaa_config")
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=8)
+    )
+    with pytest.raises(
+        NotImplementedError, match="model: expected attention that can be set, got BloomForCausalLM"
+    ):
+        enable_swaa(bloom, SWAAConfig(4))
+    for refused in (made, bloom):
+        assert refused.config._attn_implementation == "eager"
+        assert not hasattr(refused.config, "swaa_config")
     with pytest.raises(TypeError, match="model: expected PreTrainedModel, got str"):
         disable_swaa("llama")
 

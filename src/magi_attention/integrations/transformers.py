@@ -11,6 +11,7 @@ Importing the module registers the implementation.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from magi_attention.mask import Mask
 
 try:
     from transformers import (
+        MODEL_MAPPING,
         AttentionInterface,
         AttentionMaskInterface,
         DynamicCache,
@@ -104,8 +106,10 @@ def attention_mask_of(
 
     Raises:
         NotImplementedError: a mask that is not causal, bidirectional, or one of these in a window, over padding or packed
-            sequences.
+            sequences; a model that would not call ``attention_forward``, and be without a mask.
     """
+    if "config" in others:
+        _check_model(others["config"].__class__)
     is_causal, sequences = _reading(mask_function)
     length = int(q_offset) + q_length - kv_offset if is_causal else kv_length
     if sequences is not None:
@@ -121,6 +125,17 @@ def attention_mask_of(
     if length == kv_length and bool(real.all()):
         return None
     return real.to(torch.int32)
+
+
+@functools.cache
+def _check_model(kind: type[PreTrainedConfig]) -> None:
+    """transformers lets models with layers of their own have any implementation; they would take its masks alone."""
+    model = MODEL_MAPPING.get(kind, None)
+    for each in model if isinstance(model, tuple) else (model,):
+        if each is not None and not each._can_set_attn_implementation():
+            remedy = 'Use attn_implementation="eager".'
+            expected = "layers that use transformers' AttentionInterface"
+            raise NotImplementedError(complaint("model", expected, each.__name__, remedy))
 
 
 def _reading(function: Callable[..., Any] | None) -> tuple[bool, torch.Tensor | None]:
@@ -178,8 +193,8 @@ def attention_forward(
         dropout: probability while the module trains. scaling: headdim ** -0.5 when None. softcap: None is off.
         sliding_window: keys in the layer's own window, the query's own among them; as many on the right if not causal.
         s_aux: (nheads,) logits of attention sinks.
-        position_ids: (batch or 1, sq). Without a mask, and if all keys come with the call, a position that is not the
-            next after the one before it begins another sequence.
+        position_ids: (batch or 1, sq). If attention is causal, without a mask, and all keys come with the call, a
+            position that is not the next after the one before it begins another sequence.
         cu_seq_lens_q, cu_seq_lens_k: (n + 1,) boundaries of packed sequences, instead.
 
     Returns:
@@ -200,7 +215,9 @@ def attention_forward(
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         cuts = _boundaries(cu_seq_lens_q, cu_seq_lens_k, attention_mask)
         return call.packed(*cuts, max_length_q, max_length_k, bool(deterministic)), None
-    numbers = _packing(position_ids, q, k) if attention_mask is None else attention_mask
+    numbers = attention_mask
+    if numbers is None and sight.causal:
+        numbers = _packing(position_ids, q, k)
     if numbers is not None:
         return call.masked(_band_mask(numbers, q, k, sight), bool(deterministic)), None
     return call.decoded() if call.is_decoding else call.whole(bool(deterministic)), None
@@ -350,12 +367,13 @@ def _boundaries(
 def _packing(position_ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
     """The numbers of packed sequences; None for one sequence a row, or if some of its keys come from a cache."""
     num_rows = q.shape[1]
-    if position_ids is None or position_ids.dim() != 2 or num_rows == 1 or num_rows != k.shape[1]:
+    if position_ids is None or num_rows == 1 or num_rows != k.shape[1]:
         return None
-    if position_ids.shape[1] != num_rows or position_ids.shape[0] not in (1, q.shape[0]):
-        raise ValueError(
-            complaint("position_ids shape", f"({q.shape[0]}, {num_rows})", tuple(position_ids.shape))
-        )
+    if tuple(position_ids.shape) not in (
+        (1, num_rows),
+        (q.shape[0], num_rows),
+    ):  # coordinates of something else
+        return None
     # Every layer gets the same tensor: its values are read once. Holding it keeps its id.
     key = None if position_ids.is_inference() else (id(position_ids), position_ids._version)
     found = _packings.get(key) if key else None
