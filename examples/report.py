@@ -73,7 +73,7 @@ def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str
 
         table = Table(title=title)
         for n, name in enumerate(header):
-            table.add_column(name, justify="right" if n else "left")
+            table.add_column(name, justify="right" if n else "left", no_wrap=n == 0)
         for row in rows:
             table.add_row(*row)
         Console().print(table)
