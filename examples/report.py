@@ -65,6 +65,29 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     print("\n".join(["", title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in rows)]))
 
 
+def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A column for each name in the header; all but the first aligned at the right."""
+    if is_fancy():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title)
+        for n, name in enumerate(header):
+            table.add_column(name, justify="right" if n else "left", no_wrap=n == 0)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            f"{x:<{w}}" if n == 0 else f"{x:>{w}}" for n, (x, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (header, *rows)
+    ]
+    print("\n".join(["", title, "-" * len(title), *lines]))
+
+
 def save_pictures(losses: Sequence[float], mask: Mask, folder: Path) -> None:
     """Write loss.png and mask.png, or say in one line why there are none."""
     if find_spec("matplotlib") is None:

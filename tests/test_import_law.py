@@ -25,6 +25,7 @@ MACHINE = {"plan", "kernels"} | LANGUAGE
 LIBRARY = {"attention", "explain", "config", "dist", "testing"} | MACHINE
 DOORS = {"api", "functional", "comm", "utils"}
 EVERYTHING = {"package", "benchmarking"} | DOORS | LIBRARY
+FRAMEWORKS = {"transformers"}
 
 MAY_IMPORT = {
     "errors": set(),
@@ -167,6 +168,8 @@ def test_only_env_reads_the_environment():
         ("magi_attention.attention", "from magi_attention.config import DistAttnConfig"),
         ("magi_attention.dist.runtime", "from magi_attention.functional import dispatch"),
         ("magi_attention.api.functools", "from magi_attention.cli import main"),
+        ("magi_attention.kernels.ops", "from magi_attention.integrations import sequences"),
+        ("magi_attention.api.functools", "def f():\n    import magi_attention.integrations.transformers"),
         ("magi_attention.testing.oracle", "from magi_attention.dist import runtime"),
         ("magi_attention.attic.old", "import torch"),
     ],
@@ -207,6 +210,17 @@ def test_the_checker_finds_environment_reads(source):
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE.parent), *sys.path])}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_a_framework_is_imported_by_its_integration_alone():
+    found = {
+        (module_of(path), name.split(".")[0])
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in targets(node, "")
+        if name.split(".")[0] in FRAMEWORKS
+    }
+    assert found == {("magi_attention.integrations.transformers", "transformers")}
 
 
 @pytest.mark.parametrize("module", ["magi_attention", "magi_attention.kernels.ops"])

@@ -8,6 +8,7 @@ would not ask for flash_attn otherwise.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -34,11 +35,12 @@ LENGTHS = (17, 12)
 
 
 def model(config: Any, attention: str, dtype: torch.dtype, device: str) -> Any:
-    """The same weights for every kind of attention."""
+    """The same weights for every kind of attention, and a config of its own: it is what names the attention."""
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention, dtype=torch.float32
+        copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32
     )
+    assert made.config._attn_implementation == attention
     return made.to(device=device, dtype=dtype)
 
 
