@@ -82,7 +82,8 @@ class Row:
             return f"{head}{self.status}: {self.reason}"
         spread = (self.seconds_q3 - self.seconds_q1) / self.seconds * 100
         if self.gbps is not None:
-            return f"{head}{self.gbps:8.1f} GB/s  {self.seconds * 1e6:9.2f} us  spread {spread:.1f}%"
+            figures = f"{self.seconds * 1e6:9.2f} us  {self.gbps:8.1f} GB/s  spread {spread:.1f}%"
+            return f"{head}{figures}  {self.timed}"
         return f"{head}{self.tflops:8.3g} TFLOP/s  {self.seconds * 1e3:9.3f} ms  spread {spread:.1f}%"
 
 

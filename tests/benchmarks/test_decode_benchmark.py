@@ -228,6 +228,8 @@ def test_targets_of_works_without_figures_are_left_out():
 def test_a_row_without_a_figure_says_so_in_the_table():
     rows = timed(decode.Group(SHAPE, ((Work(), decode.Aim()), (Work(page=16), decode.Aim()))), [50.0, None])
     rows[1].status, rows[1].reason = "failed", "no"
+    rows[0].timed = "graph replay, 16 calls"
+    assert "50.00 us" in rows[0].line() and "GB/s" in rows[0].line() and "graph replay" in rows[0].line()
     header, lines = report.table_cells(rows)
     assert header == ["work", "subject", "keys", "shape", "us", "GB/s", "speed/peer"]
     assert [line[4:] for line in lines] == [
