@@ -66,11 +66,16 @@ def on_stream(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextMan
 
 
 def repeated(
-    entrant: Entrant, directions: tuple[str, ...], watch: CudaStopwatch | WallStopwatch, capture: bool = True
+    entrant: Entrant,
+    directions: tuple[str, ...],
+    watch: CudaStopwatch | WallStopwatch,
+    capture: bool = True,
+    calls: int | None = None,
 ) -> Repeated:
     """``entrant`` with bursts instead of single calls; ``failure`` is set when a call raises.
 
-    Without ``capture`` the calls of a burst are queued, not captured.
+    Without ``capture`` the calls of a burst are queued, not captured. ``calls``: of a burst; None makes it last a few
+    milliseconds.
     """
     q, k, v, dout = entrant.leaves
     stream = torch.cuda.Stream(q.device) if q.is_cuda else None
@@ -80,12 +85,12 @@ def repeated(
             stream.wait_stream(torch.cuda.current_stream(q.device))
         with on_stream(stream):
             out = entrant.run(q, k, v)
-            calls: dict[str, Call] = {
+            single: dict[str, Call] = {
                 "forward": lambda: entrant.run(q, k, v),
                 "backward": lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True),
             }
             for direction in directions:
-                burst = burst_of(calls[direction], stream, watch, capture)
+                burst = burst_of(single[direction], stream, watch, capture, calls)
                 result.bursts[direction] = burst
                 result.timed[direction] = burst.how
     except Exception as error:
@@ -98,13 +103,15 @@ def burst_of(
     stream: torch.cuda.Stream | None,
     watch: CudaStopwatch | WallStopwatch,
     capture: bool = True,
+    calls: int | None = None,
 ) -> Burst:
-    """Calls it until warm, and decides how many calls a sample has. ``stream`` is current."""
+    """Calls it until warm, and decides how many calls a sample has, unless told. ``stream`` is current."""
     call()
     if stream is None:
         return Burst(call, call, 1, WallStopwatch.how)
-    seconds = watch(call)[1]()
-    calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
+    if calls is None:
+        seconds = watch(call)[1]()
+        calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
     if not capture:
         return _queued(call, calls, "not wanted")
     stream.synchronize()

@@ -27,7 +27,8 @@ class Row:
 
     ``status`` is "ok", "wrong" (failed its check), "failed" (raised), "unsupported" or "skipped"; only "ok"
     rows have figures, the others have a ``reason``. ``check`` holds the errors, see ``check.Verdict``, and ``timed``
-    says how a sample was taken. ``area`` is that of one of the ``batch`` sequences.
+    says how a sample was taken. ``area`` is that of one of the ``batch`` sequences. ``bytes_read`` is what a call must
+    read, where that is what limits it: then the figure is GB/s.
     """
 
     mask: str
@@ -50,13 +51,16 @@ class Row:
     check: dict[str, dict[str, float]] = field(default_factory=dict)
     batch: int = 1
     timed: str = ""
+    bytes_read: int = 0
+    gbps: float | None = None
 
     def fill(self, figures: dict[str, float]) -> None:
-        """Take median and quartiles, and count the operations of the unmasked area."""
+        """Take median and quartiles, and count the operations of the unmasked area and the bytes."""
         for name, value in figures.items():
             setattr(self, name, value)
         work = FLOP_FACTOR[self.direction] * self.area * self.batch * self.heads * self.head_dim
         self.tflops = work / figures["seconds"] * 1e-12
+        self.gbps = self.bytes_read / figures["seconds"] * 1e-9 if self.bytes_read else None
 
     @property
     def configuration(self) -> tuple[Any, ...]:
@@ -77,6 +81,9 @@ class Row:
         if self.status != "ok":
             return f"{head}{self.status}: {self.reason}"
         spread = (self.seconds_q3 - self.seconds_q1) / self.seconds * 100
+        if self.gbps is not None:
+            figures = f"{self.seconds * 1e6:9.2f} us  {self.gbps:8.1f} GB/s  spread {spread:.1f}%"
+            return f"{head}{figures}  {self.timed}"
         return f"{head}{self.tflops:8.3g} TFLOP/s  {self.seconds * 1e3:9.3f} ms  spread {spread:.1f}%"
 
 
@@ -245,7 +252,12 @@ def _finite(value: Any) -> Any:
 
 
 def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: TFLOP/s by subject, then the ratio of each of ours to each peer."""
+    """Header and lines: TFLOP/s by subject, then the ratio of each of ours to each peer.
+
+    Where bytes are what counts, a line for every row: microseconds, GB/s, and the speed over each peer's.
+    """
+    if any(row.bytes_read for row in rows):
+        return _bytes_cells(rows)
     subjects = list(dict.fromkeys(row.subject for row in rows))
     by_key = {(row.configuration, row.subject): row for row in rows}
     pairs = list(dict.fromkeys((p["ours"], p["peer"]) for p in ratios(rows)))
@@ -265,6 +277,22 @@ def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
             both = mine is not None and peer is not None and mine.status == peer.status == "ok"
             cells.append(f"{peer.seconds / mine.seconds:.2f}" if both else "–")
         lines.append(cells)
+    return header, lines
+
+
+def _bytes_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    peers = list(dict.fromkeys(row.subject for row in rows if not row.ours))
+    header = ["work", "subject", "keys", "shape", "us", "GB/s", *(f"speed/{peer}" for peer in peers)]
+    seconds = {(row.configuration, row.subject): row.seconds for row in rows}
+    lines = []
+    for row in rows:
+        cells = [row.mask, row.subject, str(row.tokens), row.shape]
+        if row.seconds is None or row.gbps is None:
+            lines.append([*cells, row.status.upper(), *["–"] * (1 + len(peers))])
+            continue
+        cells += [f"{row.seconds * 1e6:.1f}", f"{row.gbps:.0f}"]
+        theirs = [seconds.get((row.configuration, peer)) if row.ours else None for peer in peers]
+        lines.append(cells + [f"{each / row.seconds:.2f}" if each else "–" for each in theirs])
     return header, lines
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import ahead, features, flash, hopper, launch, memory, overheads, targets
+from benchmarks import ahead, decode, features, flash, hopper, launch, memory, overheads, targets
 from benchmarks.bench import DTYPES, Bench, Configuration
 from benchmarks.masks import FAMILIES, OTHERS
 from benchmarks.peers import SUBJECTS, default_subjects, first_line
@@ -30,7 +30,7 @@ from benchmarks.report import Report, environment, print_table, ratios
 from benchmarks.timing import DIRECTIONS
 
 GRID_PROFILES = (*hopper.PROFILES, flash.PROFILE)
-PROFILES = ("cpu", "h200", "plan", *GRID_PROFILES, "hopper-features", "hopper-launch")
+PROFILES = ("cpu", "h200", "plan", *GRID_PROFILES, "hopper-features", "hopper-launch", decode.PROFILE)
 
 
 def grid(args: argparse.Namespace) -> list[Configuration]:
@@ -114,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--shrink",
         type=int,
         default=1,
-        help="divide the lengths of a hopper profile or of flash-attn, for a dry run on a CPU",
+        help="divide the lengths of a hopper profile, flash-attn or decode, for a dry run on a CPU",
     )
     for direction in DIRECTIONS:
         parser.add_argument(
@@ -138,7 +138,7 @@ def _fill_defaults(args: argparse.Namespace) -> None:
     available = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = args.device or {"cpu": "cpu", "h200": "cuda"}.get(profile, available)
     on_gpu = args.device == "cuda"
-    is_hopper = profile.startswith("hopper-") or profile == flash.PROFILE
+    is_hopper = profile.startswith("hopper-") or profile in (flash.PROFILE, decode.PROFILE)
     args.limited = {name: getattr(args, name) for name in ("masks", "tokens") if getattr(args, name)}
     defaults = {
         "masks": list(FAMILIES),
@@ -158,6 +158,7 @@ def _fill_defaults(args: argparse.Namespace) -> None:
     special |= {
         "hopper-launch": ("hopper", "triton", "sdpa-cudnn"),
         flash.PROFILE: flash.DEFAULT_SUBJECTS,
+        decode.PROFILE: decode.DEFAULT_SUBJECTS,
     }
     args.subjects = args.subjects or list(special.get(profile, ())) or default_subjects(args.device)
 
@@ -211,6 +212,9 @@ def run_profile(args: argparse.Namespace, report: Report) -> bool:
         features.measure_features(
             report, args.subjects[0], args.dtype, args.rounds, args.limit_seconds, args.shrink
         )
+        return True
+    if args.profile == decode.PROFILE:
+        decode.measure_decode(report, args.subjects, args.dtype, args.rounds, args.limit_seconds, args.shrink)
         return True
     if args.profile in GRID_PROFILES:
         configs = profile_grid(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_a_sample_lasts_a_few_milliseconds(device, seconds, calls):
     burst = replay.burst_of(lambda: None, FakeStream(), FakeWatch(seconds))
     assert burst.calls == calls
     assert burst.how == f"graph replay, {calls} calls"
+
+
+def test_a_sample_has_as_many_calls_as_it_is_told(device):
+    device()
+    cycle, seen = itertools.cycle("ab"), []
+    burst = replay.burst_of(lambda: seen.append(next(cycle)), FakeStream(), FakeWatch(1.0), calls=6)
+    assert burst.calls == 6 and burst.how == "graph replay, 6 calls"
+    assert "".join(seen[1:]) == "bababa"  # one call before them, to warm up
 
 
 def test_a_call_that_cannot_be_captured_is_queued_as_often(device):
