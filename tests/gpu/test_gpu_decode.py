@@ -6,8 +6,8 @@ import pytest
 import torch
 from cache_cases import cache_case
 
-from magi_attention.api import flash_attn_cache
 from magi_attention.api import flash_attn_3_kvcache as fa3
+from magi_attention.api import flash_attn_cache
 from magi_attention.api.flash_attn_kvcache import flash_attn_with_kvcache
 from magi_attention.kernels.triton import counters
 

@@ -128,7 +128,8 @@ def append_new(queries: Queries, cache: Cache, new: New | None) -> Queries:
     """Write what is new into the cache, in place; returns the queries, turned if there are angles."""
     if new is not None:
         check_new(new, cache, queries)
-    if env.sanity_check() or (new is not None and not queries.q.is_cuda):
+    is_known = not queries.q.is_cuda and not torch.compiler.is_compiling()
+    if env.sanity_check() or (new is not None and is_known):
         check_places(queries.batch, cache, new)
     return queries if new is None else replace(queries, q=_append(queries, cache, new))
 
