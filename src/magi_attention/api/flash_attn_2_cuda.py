@@ -173,7 +173,7 @@ def _behind_softcap(
         expected = " or ".join(str(before + len(order)) for order in orders) + " arguments"
         remedy = f"Behind softcap give {', or '.join(' '.join(order) for order in orders)}."
         raise TypeError(complaint(function, expected, before + len(rest), remedy))
-    if named.pop("gen") is not None:
+    if named.pop("gen", None) is not None:
         # FlashAttention's own error, type and words that its callers look for.
         raise RuntimeError(
             "The `generator` argument is no longer supported: expected None. Seed with torch.manual_seed."
