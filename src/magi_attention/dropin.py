@@ -84,13 +84,18 @@ MODULES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Names of each module, by the module of ``magi_attention.api`` that they come from."""
 
+_IN_ORDER_OF_SWAA = ("flash_attn", "flash_attn.flash_attn_interface")
 
-def contents(module: str) -> dict[str, Any]:
-    """What ``module`` of another package holds here, by name."""
+
+def contents(module: str, swaa: bool = False) -> dict[str, Any]:
+    """What ``module`` of another package holds here, by name; in the order of ``api.flash_attn_swaa`` if it has one."""
     found: dict[str, Any] = {}
     for home, names in MODULES[module].items():
         source = importlib.import_module(f"magi_attention.api.{home}")
         found |= {name: getattr(source, name) for name in names}
+    if swaa and module in _IN_ORDER_OF_SWAA:
+        source = importlib.import_module("magi_attention.api.flash_attn_swaa")
+        found |= {name: getattr(source, name) for name in found if hasattr(source, name)}
     if module == "flash_attn":
         found["__version__"] = VERSION
     if module == "flash_attn.flash_attn_interface":
@@ -98,7 +103,7 @@ def contents(module: str) -> dict[str, Any]:
     return found
 
 
-def install(*packages: str, replace: bool = False) -> None:
+def install(*packages: str, replace: bool = False, swaa: bool = False) -> None:
     """Put modules under these names into ``sys.modules``, for this process only.
 
     Args:
@@ -106,6 +111,8 @@ def install(*packages: str, replace: bool = False) -> None:
             and ``extensions``; none is all of them.
         replace: whether a package that can be imported already may be hidden. Modules that others have taken names from
             keep those.
+        swaa: whether the functions of ``flash_attn`` have keep_first and force_fa_decode behind softcap, as those of
+            flash-attention-SWAA: for programs that give arguments behind it by position.
 
     Raises:
         ValueError: a name that is none of these. ImportError: another package of this name is there, without ``replace``.
@@ -120,7 +127,7 @@ def install(*packages: str, replace: bool = False) -> None:
             raise ImportError(complaint(package, "no package of this name", "one that is installed", remedy))
     for name in MODULES:
         if name.partition(".")[0] in wanted:
-            _put(name)
+            _put(name, swaa)
 
 
 def uninstall() -> None:
@@ -130,12 +137,12 @@ def uninstall() -> None:
             del sys.modules[name]
 
 
-def _put(name: str) -> None:
+def _put(name: str, swaa: bool) -> None:
     module = ModuleType(name, f"{name} on magi_attention; see magi_attention.dropin.")
     module.__spec__ = ModuleSpec(name, None, origin=__name__)
     if any(other.startswith(f"{name}.") for other in MODULES):
         module.__path__ = []
-    vars(module).update(contents(name))
+    vars(module).update(contents(name, swaa))
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
     if parent:

@@ -1,4 +1,4 @@
-"""FlashAttention's attention by its formula, one sequence at a time, in the dtype of the inputs."""
+"""FlashAttention's attention by its formula, one sequence at a time, in the dtype of the inputs; what its tests share."""
 
 from __future__ import annotations
 
@@ -71,3 +71,18 @@ def reference(
         lse = torch.logsumexp(s.masked_fill(blind, 0.0), dim=1).masked_fill(blind[:, 0], -torch.inf)
         rows.append((weights.to(v.dtype) @ v[:, h // group], lse))
     return torch.stack([out for out, _ in rows], dim=1), torch.stack([lse for _, lse in rows])
+
+
+def leaves(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def gradients(out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    return list(torch.autograd.grad(out, inputs, dout))

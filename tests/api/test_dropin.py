@@ -87,11 +87,6 @@ def test_the_distribution_on_disk_has_the_same_modules():
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": paths})
 
 
-def test_the_extension_takes_its_arguments_in_order():
-    counts = {"fwd": 13, "varlen_fwd": 22, "bwd": 19, "varlen_bwd": 24}
-    assert {name: len(inspect.signature(getattr(extension, name)).parameters) for name in counts} == counts
-
-
 def test_the_extension():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 6, 2, 8, generator=generator).requires_grad_() for _ in range(3))
@@ -136,9 +131,28 @@ def test_the_extension():
     torch.testing.assert_close(found[0].view_as(q), dq)
 
 
-@pytest.mark.parametrize("name", ["fwd", "varlen_fwd", "bwd", "varlen_bwd"])
-def test_a_generator_is_refused_before_anything_else(name):
-    function = getattr(extension, name)
-    arguments = dict.fromkeys(inspect.signature(function).parameters)
+COUNTS = {"fwd": (13, 15), "varlen_fwd": (21, 22, 23), "bwd": (19, 21), "varlen_bwd": (24, 26)}
+BEHIND_GEN = {"fwd": 0, "varlen_fwd": 0, "bwd": 1, "varlen_bwd": 1}
+"""Arguments behind the generator, in all releases but that of num_splits."""
+
+
+@pytest.mark.parametrize(("name", "count"), [(name, n) for name in COUNTS for n in COUNTS[name]])
+def test_a_generator_is_refused_before_anything_else(name, count):
+    arguments = [None] * count
+    arguments[-1 - (1 if count == 22 else BEHIND_GEN[name])] = torch.Generator()
     with pytest.raises(RuntimeError, match="`generator` argument is no longer supported"):
-        function(**{**arguments, "gen": torch.Generator()})
+        getattr(extension, name)(*arguments)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_extension_counts_its_arguments(name):
+    head = sum(
+        p.kind is p.POSITIONAL_ONLY for p in inspect.signature(getattr(extension, name)).parameters.values()
+    )
+    expected = " or ".join(map(str, COUNTS[name]))
+    for count in set(range(head, 30)) - {*COUNTS[name]}:
+        message = f"^{name}: expected {expected} arguments, got {count}. Behind softcap give"
+        with pytest.raises(TypeError, match=message):
+            getattr(extension, name)(*[None] * count)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'softcap'"):
+        getattr(extension, name)(*[None] * (head - 1))

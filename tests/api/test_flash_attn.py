@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from flash_reference import reference, visible
+from flash_reference import gradients, leaves, reference, same, visible
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,21 +15,6 @@ from magi_attention.api import flash_attn_internals as internals
 from magi_attention.api.flash_attn_mask import varlen_mask
 
 WINDOWS = [(-1, -1), (0, 0), (3, -1), (-1, 2), (4, 1), (50, 0), (2, 60)]
-
-
-def leaves(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-def gradients(out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
-    return list(torch.autograd.grad(out, inputs, dout))
 
 
 @given(
@@ -315,7 +300,9 @@ VARLEN_BACKWARD = (
     [("_flash_attn_forward", FORWARD), ("_flash_attn_varlen_backward", VARLEN_BACKWARD)],
 )
 def test_signatures_of_internals(name, expected):
-    assert " ".join(inspect.signature(getattr(internals, name)).parameters) == expected
+    parameters = inspect.signature(getattr(internals, name)).parameters
+    assert " ".join(parameters) == f"{expected} keep_first force_fa_decode"
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in list(parameters)[-2:])
 
 
 X = torch.zeros(2, 6, 2, 8)

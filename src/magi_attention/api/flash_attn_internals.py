@@ -1,7 +1,8 @@
 """The functions below FlashAttention 2's interface that ring attention and others import: no autograd, states explicit.
 
 softmax_lse is (batch, nheads, seqlen_q), or (nheads, total_q) packed, fp32, +inf for a row that sees nothing; rng_state
-int64 (2,), zeros without dropout. Other arguments and errors as in ``flash_attn_func`` and ``flash_attn_varlen_func``.
+int64 (2,), zeros without dropout. Other arguments and errors as in ``flash_attn_func`` and ``flash_attn_varlen_func``:
+keep_first and force_fa_decode, too, make the same mask here forward and backward.
 """
 
 from __future__ import annotations
@@ -35,9 +36,14 @@ def _flash_attn_forward(
     softcap: float,
     alibi_slopes: torch.Tensor | None,
     return_softmax: bool,
+    *,
+    keep_first: int = 0,
+    force_fa_decode: bool = False,
 ) -> Forward:
     """(out, softmax_lse, S_dmask, rng_state) of (batch, seqlen, nheads, headdim) tensors."""
-    mask = mask_of_batch(q, k, (window_size_left, window_size_right), causal)
+    check_together(alibi_slopes, keep_first)
+    window = window_size_left, window_size_right
+    mask = mask_of_batch(q, k, window, causal, keep_first, force_fa_decode)
     options = Options(dropout_p, softmax_scale, softcap, alibi_slopes).with_state(q.device)
     out, lse = forward(q, k, v, mask, options)
     pattern = dropout_pattern(q, k, mask, options, None) if return_softmax else q.new_empty(0)
@@ -66,6 +72,9 @@ def _flash_attn_varlen_forward(
     seqused_k: torch.Tensor | None = None,
     zero_tensors: bool = False,
     num_splits: int = 0,
+    *,
+    keep_first: int = 0,
+    force_fa_decode: bool = False,
 ) -> Forward:
     """(out, softmax_lse, S_dmask, rng_state) of packed sequences.
 
@@ -75,12 +84,12 @@ def _flash_attn_varlen_forward(
     if leftpad_k is not None:
         remedy = "Begin the sequences behind their padding."
         raise NotImplementedError(complaint("leftpad_k", "None", "a tensor", remedy))
-    check_together(None, 0, block_table is not None and return_softmax and dropout_p > 0)
+    check_together(alibi_slopes, keep_first, block_table is not None and return_softmax and dropout_p > 0)
     k, v, page_cols = with_pages_together(k, v, block_table)
     window = window_size_left, window_size_right
     mask = mask_of_packed(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, causal,
-        seqused_k=seqused_k, page_cols=page_cols,
+        keep_first=keep_first, force_fa_decode=force_fa_decode, seqused_k=seqused_k, page_cols=page_cols,
     )  # fmt: skip
     options = Options(dropout_p, softmax_scale, softcap, alibi_slopes).with_state(q.device)
     out, lse = forward(q, k, v, mask, options)
@@ -109,9 +118,14 @@ def _flash_attn_backward(
     alibi_slopes: torch.Tensor | None,
     deterministic: bool,
     rng_state: torch.Tensor | None = None,
+    *,
+    keep_first: int = 0,
+    force_fa_decode: bool = False,
 ) -> torch.Tensor:
     """Writes the gradients into dq, dk and dv, those that are given; returns softmax_d, rowsum(dout * out)."""
-    mask = mask_of_batch(q, k, (window_size_left, window_size_right), causal)
+    check_together(alibi_slopes, keep_first)
+    window = window_size_left, window_size_right
+    mask = mask_of_batch(q, k, window, causal, keep_first, force_fa_decode)
     options = Options(dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, None, rng_state)
     return write_gradients(dout, q, k, v, out, softmax_lse, mask, options, (dq, dk, dv))
 
@@ -141,13 +155,20 @@ def _flash_attn_varlen_backward(
     deterministic: bool,
     rng_state: torch.Tensor | None = None,
     zero_tensors: bool = False,
+    *,
+    keep_first: int = 0,
+    force_fa_decode: bool = False,
 ) -> torch.Tensor:
     """Writes the gradients into dq, dk and dv, those that are given; returns softmax_d, rowsum(dout * out).
 
     ``zero_tensors`` changes nothing: gradients of what nobody sees are zero anyway.
     """
+    check_together(alibi_slopes, keep_first)
     window = window_size_left, window_size_right
-    mask = mask_of_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, causal)
+    mask = mask_of_packed(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, causal,
+        keep_first=keep_first, force_fa_decode=force_fa_decode,
+    )  # fmt: skip
     options = Options(dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, None, rng_state)
     return write_gradients(dout, q, k, v, out, softmax_lse, mask, options, (dq, dk, dv))
 
