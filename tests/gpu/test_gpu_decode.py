@@ -99,18 +99,19 @@ def test_a_graph_follows_lengths_tables_and_queries():
 
 def test_the_host_does_not_wait():
     k, v = caches(3, 500)
-    q, lengths = torch.randn(3, 1, 2, 128, device=DEVICE).bfloat16(), integers(3, 400, 0)
+    q, lengths, cuts = (
+        torch.randn(3, 1, 2, 128, device=DEVICE).bfloat16(),
+        integers(3, 400, 0),
+        integers(0, 1, 2, 3),
+    )
     flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
     torch.cuda.set_sync_debug_mode("error")
     try:
         flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, window_size=(50, 0), keep_first=4)
         flash_attn_with_kvcache(q, k, v, q[:, :, :2], q[:, :, :2], cache_seqlens=lengths)
-        cuts = integers(0, 1, 2, 3)
-    except RuntimeError:
+        packed = fa3.flash_attn_with_kvcache(q[:, 0], k, v, cache_seqlens=lengths, cu_seqlens_q=cuts)
+    finally:
         torch.cuda.set_sync_debug_mode("default")
-        raise
-    torch.cuda.set_sync_debug_mode("default")
-    packed = fa3.flash_attn_with_kvcache(q[:, 0], k, v, cache_seqlens=lengths, cu_seqlens_q=cuts)
     torch.testing.assert_close(packed, flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)[:, 0])
 
 

@@ -46,9 +46,11 @@ def figures(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> 
     }
 
 
-def decode(rows: int, head_dim: int, paged: bool = False, kept: bool = False) -> dict[str, int]:
+def decode(
+    rows: int, head_dim: int, items: int = 512, paged: bool = False, kept: bool = False
+) -> dict[str, int]:
     """The kernel for ``rows`` queries times heads of a sequence."""
-    cut = tiling_of(rows, head_dim, 2)
+    cut = tiling_of(rows, items, head_dim, 2)
     absent = ("LEFTPAD", "ROWS", "CU_Q", "CU_NEW", "SINK", "SLOPES", *(() if paged else ("TABLE",)))
     constants: dict[str, Any] = dict.fromkeys(absent)
     constants |= {"PAGE_SIZE": 16 if paged else 0, "HAS_KEPT": kept, "MASKED": rows > 16, "SOFTCAP": False}
@@ -69,8 +71,9 @@ def decode(rows: int, head_dim: int, paged: bool = False, kept: bool = False) ->
         "PRECISION": "tf32",
     }
     at_a_time = max(1, min(16, 2048 * cut.warps // (live * head_dim)))
-    constants |= {"AT_A_TIME": at_a_time, "MOST_PIECES": 16}
-    return figures(decode_kernel, constants, {"num_warps": cut.warps, "num_stages": cut.stages})
+    constants |= {"AT_A_TIME": at_a_time, "MOST_PIECES": 16, "DEPENDENT": True}
+    options = {"num_warps": cut.warps, "num_stages": cut.stages, "launch_pdl": True}
+    return figures(decode_kernel, constants, options)
 
 
 def append(interleaved: bool) -> dict[str, int]:
@@ -93,7 +96,10 @@ def main() -> None:
     found = {
         f"decode {rows} {dim}": decode(rows, dim) for rows in (4, 16, 32, 64, 128) for dim in (64, 128, 256)
     }
+    for dim in (64, 128, 256):
+        found[f"decode 4 {dim} few"] = decode(4, dim, items=8)
     found["decode 4 128 paged"] = decode(4, 128, paged=True)
+    found["decode 4 128 few paged"] = decode(4, 128, items=8, paged=True)
     found["decode 4 128 kept"] = decode(4, 128, kept=True)
     found["append halves"], found["append interleaved"] = append(False), append(True)
     json.dump(found, sys.stdout)

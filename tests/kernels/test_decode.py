@@ -74,7 +74,7 @@ def test_pieces_make_the_whole(programs, most_pieces, monkeypatch):
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 def test_every_tile(rows):
-    cut = replace(decode_launch.tiling_of(rows, 16, 4), cols=16)
+    cut = replace(decode_launch.tiling_of(rows, 99, 16, 4), cols=16)
     q, k, v = (torch.randn(2, n, h, 16) for n, h in ((9, 8), (50, 2), (50, 2)))
     lengths = torch.tensor([50, 13], dtype=torch.int32)
     found = decode_launch.decode(q, k, v, lengths, softmax_scale=0.3, window=(20, 0), tiling=cut)

@@ -38,7 +38,7 @@ try:
         PreTrainedConfig,
         PreTrainedModel,
     )
-    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 except ImportError as error:
     raise ImportError(
         complaint(
@@ -485,7 +485,8 @@ class SWAACache(DynamicCache):
                 complaint("config", "one with SWAA", "none", "Call enable_swaa(model, ...) first.")
             )
         super().__init__(config=decoder)
-        if any(isinstance(layer, DummyLayer) for layer in self.layers):
+        own = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers)
+        if not own or getattr(decoder, "num_kv_shared_layers", 0):
             remedy = "Use transformers' DynamicCache."
             raise NotImplementedError(complaint("model", "layers with their own keys", "shared keys", remedy))
         swaa, padding = SWAAConfig(**stored), _left_padding(attention_mask)
@@ -543,7 +544,8 @@ class SlidingLayer(DynamicLayer):
                 complaint("crop", "a cache that has dropped nothing", "one that has", remedy)
             )
         super().crop(tokens_to_remove)
-        self.cumulative_length -= abs(tokens_to_remove)
+        if self.keys is not None:
+            self.cumulative_length = self.keys.shape[-2]
 
 
 register()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from magi_attention.kernels.triton.primitives import LN2, LOG2E, tanh
 
@@ -274,7 +275,12 @@ def decode_kernel(
     DV: tl.constexpr, UNIT: tl.constexpr, UNIT_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, AT_A_TIME: tl.constexpr, MOST_PIECES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        # The launch itself overlaps with the end of what the stream runs before, and that of what comes after with this.
+        gdc_wait()
+        gdc_launch_dependents()
     program, programs = tl.program_id(0), tl.num_programs(0)
     entries = tl.arange(0, BLOCK_B)
     exists = entries < batch_size

@@ -13,6 +13,8 @@ from magi_attention.kernels.triton.counters import zeroed
 from magi_attention.kernels.triton.decode import decode_kernel
 
 _PROGRAMS_ON_CPU = 3
+_FEW_ITEMS = 32
+"""Up to which an item is put together from so many pieces that half of them, twice as large, are the better ones."""
 _MOST_PIECES = 16
 _MOST_AT_A_TIME = 16
 _MERGED_ELEMENTS = 2048
@@ -31,9 +33,11 @@ class Tiling:
     programs: int
 
 
-def tiling_of(rows: int, head_dim: int, itemsize: int) -> Tiling:
-    """For ``rows`` (queries times heads that share a key head) of a sequence."""
+def tiling_of(rows: int, items: int, head_dim: int, itemsize: int) -> Tiling:
+    """For ``rows`` (queries times heads that share a key head) of a sequence, in ``items`` sequences and key heads."""
     cols = 64 if head_dim * itemsize <= 256 else 32 if head_dim * itemsize <= 512 else 16
+    if rows <= 16 and items <= _FEW_ITEMS:
+        return Tiling(16, 2 * cols, 8, 3, 1)
     if rows <= 32:
         return Tiling(16 if rows <= 16 else 32, cols, 4, 3, 2)
     return Tiling(64, cols, 4, 3, 2) if rows <= 64 else Tiling(128, cols, 8, 3, 1)
@@ -83,7 +87,8 @@ def decode(
     out, lse = q.new_empty(*q.shape[:-1], head_dim_v), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    cut = tiling or tiling_of(-(-tokens // batch) * group, max(head_dim, head_dim_v), q.element_size())
+    rows, widest = -(-tokens // batch) * group, max(head_dim, head_dim_v)
+    cut = tiling or tiling_of(rows, batch * num_kv_heads, widest, q.element_size())
     num_programs = _num_programs(q.device, cut.programs, sm_margin)
     block_dv = max(16, triton.next_power_of_2(head_dim_v))
     # Rows of a tile that may be in use.
@@ -93,6 +98,7 @@ def decode(
     # A sequence's last tile may be a short one.
     counters = zeroed(num_kv_heads * (tokens * group // cut.rows + batch), q.device)
     unit, unit_out = unit_of(q, k, v), unit_of(out)
+    overlaps = _launches_overlap(q.device)
     is_number, is_paged = isinstance(used, int), block_table is not None
     decode_kernel[(num_programs,)](
         q, *units(q, unit), k, *units(k, unit), v, *units(v, unit),
@@ -108,9 +114,16 @@ def decode(
         BLOCK_M=cut.rows, BLOCK_R=block_r, BLOCK_N=cut.cols, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_DV=block_dv, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         AT_A_TIME=max(1, min(_MOST_AT_A_TIME, _MERGED_ELEMENTS * cut.warps // (block_r * block_dv))),
-        MOST_PIECES=_MOST_PIECES, num_warps=cut.warps, num_stages=cut.stages,
+        MOST_PIECES=_MOST_PIECES, DEPENDENT=overlaps, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=overlaps,
     )  # fmt: skip
     return out, lse
+
+
+@functools.cache
+def _launches_overlap(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launches."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
