@@ -49,7 +49,16 @@ _ROTARY = (
     "rotate_half",
     "RotaryEmbedding",
 )
-_FA3 = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func", "flash_attn_combine")
+_FA3 = {
+    "flash_attn_3": (
+        "flash_attn_func",
+        "flash_attn_varlen_func",
+        "flash_attn_qkvpacked_func",
+        "flash_attn_combine",
+    ),
+    "flash_attn_3_kvcache": ("flash_attn_with_kvcache", "get_scheduler_metadata"),
+    "flash_attn_3_internals": _INTERNALS[:2],
+}
 
 MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "flash_attn": {"flash_attn_interface": _FORMS, "flash_attn_kvcache": ("flash_attn_with_kvcache",)},
@@ -70,16 +79,18 @@ MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "flash_attn.ops": {},
     "flash_attn.ops.triton": {},
     "flash_attn.ops.triton.rotary": {"rotary": ("apply_rotary",)},
-    "flash_attn_2_cuda": {"flash_attn_2_cuda": ("fwd", "bwd", "varlen_fwd", "varlen_bwd")},
-    "flash_attn_interface": {"flash_attn_3": _FA3, "flash_attn_3_internals": _INTERNALS[:2]},
+    "flash_attn_2_cuda": {"flash_attn_2_cuda": ("fwd", "bwd", "varlen_fwd", "varlen_bwd", "fwd_kvcache")},
+    "flash_attn_interface": _FA3,
     "flash_attn_3": {},
-    "flash_attn_3.flash_attn_interface": {"flash_attn_3": _FA3, "flash_attn_3_internals": _INTERNALS[:2]},
+    "flash_attn_3.flash_attn_interface": _FA3,
     "extensions": {},
     "extensions.fa2_interface_with_sink": {
         "flash_attn_sink": tuple(name.replace("flash_attn", "fa2") + "_with_sink" for name in _FORMS)
     },
     "extensions.fa3_interface_with_sink": {
-        "flash_attn_sink": tuple(name.replace("flash_attn", "fa3") + "_with_sink" for name in _FA3[:3])
+        "flash_attn_sink": tuple(
+            name.replace("flash_attn", "fa3") + "_with_sink" for name in _FA3["flash_attn_3"][:3]
+        )
     },
 }
 """Names of each module, by the module of ``magi_attention.api`` that they come from."""

@@ -15,6 +15,7 @@ import torch
 from magi_attention import dropin
 from magi_attention.api import flash_attn_2_cuda as extension
 from magi_attention.api import flash_attn_interface as fa
+from magi_attention.api.flash_attn_kvcache import flash_attn_with_kvcache
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {name.partition(".")[0] for name in dropin.MODULES}
@@ -144,13 +145,35 @@ def test_a_generator_is_refused_before_anything_else(name, count):
         getattr(extension, name)(*arguments)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("own", [(), (3, True)])
+def test_the_extension_has_the_cache(own):
+    q, new = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 2, 8)
+    caches, lengths = torch.randn(2, 2, 20, 2, 8), torch.tensor([3, 17], dtype=torch.int32)
+    copies, into = caches.clone(), torch.empty_like(q)
+    none = [None] * 6
+    out, lse = extension.fwd_kvcache(
+        q, *caches, new, new, lengths, *none, into, 8**-0.5, True, 2, 0, 1.5, *own, True, 0
+    )  # fmt: skip
+    settings = dict(zip(("keep_first", "force_fa_decode"), own, strict=False))
+    expected, other = flash_attn_with_kvcache(
+        q, *copies, new, new, cache_seqlens=lengths, causal=True, window_size=(2, 0), softcap=1.5,
+        return_softmax_lse=True, **settings,
+    )  # fmt: skip
+    assert (
+        out is into and torch.equal(out, expected) and torch.equal(lse, other) and torch.equal(caches, copies)
+    )
+
+
+ALL_COUNTS = {**COUNTS, "fwd_kvcache": (20, 22)}
+
+
+@pytest.mark.parametrize("name", ALL_COUNTS)
 def test_the_extension_counts_its_arguments(name):
     head = sum(
         p.kind is p.POSITIONAL_ONLY for p in inspect.signature(getattr(extension, name)).parameters.values()
     )
-    expected = " or ".join(map(str, COUNTS[name]))
-    for count in set(range(head, 30)) - {*COUNTS[name]}:
+    expected = " or ".join(map(str, ALL_COUNTS[name]))
+    for count in set(range(head, 30)) - {*ALL_COUNTS[name]}:
         message = f"^{name}: expected {expected} arguments, got {count}. Behind softcap give"
         with pytest.raises(TypeError, match=message):
             getattr(extension, name)(*[None] * count)

@@ -272,9 +272,9 @@ BAD = {
     ),
     "heads": (lambda: fa3.flash_attn_qkvpacked_func(X), ValueError, "num_heads_q: expected the number"),
     "cache": (
-        lambda: internals._flash_attn_forward(X, X, X, k_new=X),
-        NotImplementedError,
-        "arguments of a cache",
+        lambda: internals._flash_attn_forward(X, X, X, k_new=X, v_new=X, cu_seqlens_k=torch.zeros(2)),
+        ValueError,
+        "cu_seqlens_k, seqused_q: expected None with a cache",
     ),
     "one_boundary": (
         lambda: internals._flash_attn_forward(

@@ -11,7 +11,9 @@ from flash_reference import reference, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magi_attention.api import flash_attn_3_internals as fa3_internals
 from magi_attention.api import flash_attn_3_kvcache as fa3
+from magi_attention.api import flash_attn_internals as fa2_internals
 from magi_attention.api.flash_attn_interface import flash_attn_func
 from magi_attention.api.flash_attn_kvcache import flash_attn_with_kvcache
 
@@ -159,6 +161,40 @@ def test_sanity_check(monkeypatch):
     rows = torch.tensor([1, 7], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"cache_batch_idx: .* got 7"):
         flash_attn_with_kvcache(Q, CACHE, CACHE, cache_seqlens=3, cache_batch_idx=rows)
+
+
+def test_internals_of_version_3_take_a_cache():
+    q, new = draw(2, 3, 4, 16), draw(2, 3, 2, 16, seed=1)
+    pages, table = (
+        [draw(12, 4, 2, 16, seed=n) for n in (2, 3)],
+        torch.arange(12, dtype=torch.int32).view(2, 6),
+    )
+    copies, lengths = [x.clone() for x in pages], torch.tensor([4, 19], dtype=torch.int32)
+    out, lse, *rest = fa3_internals._flash_attn_forward(
+        q, *pages, new, new, seqused_k=lengths, page_table=table, causal=True, window_size_left=5
+    )
+    expected = fa3.flash_attn_with_kvcache(
+        q, *copies, new, new, cache_seqlens=lengths, page_table=table, causal=True, window_size=(5, 0),
+        return_softmax_lse=True,
+    )  # fmt: skip
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1]) and rest == [None, None]
+    assert all(map(torch.equal, pages, copies))
+
+
+def test_packed_queries_of_pages_with_left_padding():
+    k, v = (draw(12, 4, 2, 16, seed=n) for n in (2, 3))
+    cuts, table = torch.tensor([0, 2, 5], dtype=torch.int32), torch.arange(12, dtype=torch.int32).view(2, 6)
+    lengths, pads = torch.tensor([9, 24], dtype=torch.int32), torch.tensor([2, 7], dtype=torch.int32)
+    q = draw(5, 4, 16)
+    out, lse, *_ = fa2_internals._flash_attn_varlen_forward(
+        q, k, v, cuts, cuts, 3, 24, 0.0, None, True, block_table=table, leftpad_k=pads, seqused_k=lengths
+    )
+    for b in range(2):
+        own = slice(int(cuts[b]), int(cuts[b + 1]))
+        keys, values = (x[table[b].long()].flatten(0, 1)[pads[b] : lengths[b]] for x in (k, v))
+        expected, other = reference(q[own], keys, values, visible(len(q[own]), len(keys), causal=True))
+        torch.testing.assert_close(out[own], expected)
+        torch.testing.assert_close(lse[:, own], other)
 
 
 def test_signatures():

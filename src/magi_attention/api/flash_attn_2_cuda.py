@@ -14,6 +14,7 @@ import torch
 
 from magi_attention.api import flash_attn_internals as internals
 from magi_attention.api.flash_attn_core import written_into
+from magi_attention.api.flash_attn_kvcache import flash_attn_with_kvcache
 from magi_attention.api.flash_attn_mask import Side
 from magi_attention.errors import check_count, check_type, complaint
 
@@ -21,6 +22,7 @@ Optional = torch.Tensor | None
 
 _SWAA = ("keep_first", "force_fa_decode")
 _FORWARD = ("return_softmax", "gen")
+_CACHE = ("rotary_interleaved", "num_splits")
 _BACKWARD = ("deterministic", "gen", "rng_state")
 
 
@@ -85,6 +87,38 @@ def varlen_fwd(
         seqused_k=seqused_k, zero_tensors=zero_tensors, **others,
     )  # fmt: skip
     return [written_into("out", out, result), *states]
+
+
+def fwd_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: Optional,
+    v: Optional,
+    seqlens_k: Optional,
+    rotary_cos: Optional,
+    rotary_sin: Optional,
+    cache_batch_idx: Optional,
+    leftpad_k: Optional,
+    block_table: Optional,
+    alibi_slopes: Optional,
+    out: Optional,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: Side,
+    window_size_right: Side,
+    softcap: float,
+    /,
+    *rest: Any,
+) -> list[torch.Tensor]:
+    """[out, softmax_lse] of queries and a cache, as in ``flash_attn_with_kvcache``; into ``out`` if it is given."""
+    others = _behind_softcap("fwd_kvcache", 18, rest, _CACHE, (*_SWAA, *_CACHE))
+    window = window_size_left, window_size_right
+    result, lse = flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, seqlens_k, cache_batch_idx, leftpad_k, block_table,
+        softmax_scale, is_causal, window, softcap, alibi_slopes=alibi_slopes, return_softmax_lse=True, **others,
+    )  # fmt: skip
+    return [written_into("out", out, result), lse]
 
 
 def bwd(

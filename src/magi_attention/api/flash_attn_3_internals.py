@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from magi_attention.api import flash_attn_3 as fa3
+from magi_attention.api.flash_attn_3_kvcache import flash_attn_with_kvcache
 from magi_attention.api.flash_attn_core import Options, write_gradients, written_into
 from magi_attention.api.flash_attn_mask import Side, Window, mask_of_batch, mask_of_packed
 from magi_attention.errors import complaint
@@ -55,25 +56,24 @@ def _flash_attn_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
     """(out, softmax_lse, None, None); into ``out_`` if it is given.
 
-    ``rotary_interleaved``, ``scheduler_metadata``, ``num_splits`` and ``pack_gqa`` change nothing here. What belongs to a
-    cache (k_new, v_new, cu_seqlens_k_new, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary)
-    raises NotImplementedError.
+    ``scheduler_metadata``, ``num_splits`` and ``pack_gqa`` change nothing here. With what belongs to a cache (k_new,
+    v_new, cu_seqlens_k_new, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary), k and v are
+    the cache and seqused_k how much of it is in use, as in ``flash_attn_with_kvcache``.
     """
-    of_caches = (
-        k_new,
-        v_new,
-        cu_seqlens_k_new,
-        page_table,
-        kv_batch_idx,
-        leftpad_k,
-        rotary_cos,
-        rotary_sin,
-        seqlens_rotary,
-    )
-    if any(x is not None for x in of_caches):
-        remedy = "flash_attn.flash_attn_with_kvcache has them."
-        raise NotImplementedError(complaint("arguments of a cache", "None", "a tensor", remedy))
     window = window_size_left, window_size_right
+    new = (k_new, v_new, qv, rotary_cos, rotary_sin)
+    places = (cu_seqlens_k_new, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary)
+    if any(x is not None for x in (k_new, v_new, *places)):
+        if cu_seqlens_k is not None or seqused_q is not None:
+            remedy = "seqused_k has the lengths of a cache, cu_seqlens_q those of the queries."
+            raise ValueError(complaint("cu_seqlens_k, seqused_q", "None with a cache", "a tensor", remedy))
+        longest = max_seqlen_q if isinstance(max_seqlen_q, int) else None
+        out, lse, *_ = flash_attn_with_kvcache(
+            q, k, v, *new, seqused_k, kv_batch_idx, leftpad_k, page_table, cu_seqlens_q, cu_seqlens_k_new, longest,
+            seqlens_rotary, q_descale, k_descale, v_descale, softmax_scale, causal, window, attention_chunk, softcap,
+            rotary_interleaved, sm_margin=sm_margin, return_softmax_lse=True,
+        )  # fmt: skip
+        return written_into("out_", out_, out), lse, None, None
     rest = (softmax_scale, causal, qv, q_descale, k_descale, v_descale, window, attention_chunk, softcap)
     settings = {
         "num_splits": num_splits,

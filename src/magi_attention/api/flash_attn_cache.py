@@ -143,6 +143,32 @@ def attend_cached(
     return _by_mask(queries, cache, new, reach, options)
 
 
+def attend_pages(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: Side,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    leftpad: torch.Tensor | None,
+    reach: Reach,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (total_q, nheads, headdim) and lse (total_q, nheads) of packed queries and pages; not differentiable.
+
+    Args:
+        lengths: (batch,) keys of each sequence. table: (batch, blocks) int32.
+    """
+    check_tensor("q", q, shape=("total_q", "nheads", "headdim"))
+    check_tensor("cu_seqlens_q", cu_seqlens_q, shape=("batch + 1",), dtypes=_INTEGERS, device=q.device)
+    longest = max_seqlen_q if isinstance(max_seqlen_q, int) else None
+    queries = Queries(q, cu_seqlens_q.to(torch.int32), longest)
+    cache = Cache(k, v, lengths, None, leftpad, table)
+    check_cache(cache, queries)
+    return attend_cached(append_new(queries, cache, None), cache, None, reach, options)
+
+
 def check_places(batch: int, cache: Cache, new: New | None) -> None:
     """ValueError for keys beyond the cache; reads lengths and table, on a GPU the host waits for them."""
     used = cache.used_of(batch)

@@ -92,6 +92,11 @@ def check_together(
         )
 
 
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what is made of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,

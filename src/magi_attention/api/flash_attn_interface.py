@@ -7,12 +7,22 @@ from typing import Any, TypeVar
 
 import torch
 
-from magi_attention.api.flash_attn_core import Options, Result, attend, check_together, sink_of
+from magi_attention.api.flash_attn_cache import Reach, attend_pages
+from magi_attention.api.flash_attn_core import (
+    Options,
+    Result,
+    attend,
+    check_together,
+    needs_gradient,
+    sink_of,
+    to_softmax_lse,
+)
 from magi_attention.api.flash_attn_mask import (
     Side,
     Window,
     mask_of_batch,
     mask_of_packed,
+    window_of,
     with_pages_together,
 )
 from magi_attention.errors import check_tensor
@@ -193,14 +203,21 @@ def flash_attn_varlen_func(
     keep_first: int = 0,
     force_fa_decode: bool = False,
 ) -> Result:
+    sink = sink_of(s_aux, learnable_sink)
+    options = Options(dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, sink)
+    check_together(alibi_slopes, keep_first, block_table is not None and return_attn_probs and dropout_p > 0)
+    if block_table is not None and not needs_gradient(q, k, v, sink):
+        reach = Reach(window_of(window_size, causal, max_seqlen_k), keep_first, force_fa_decode)
+        lengths = cu_seqlens_k.diff()
+        out, lse = attend_pages(
+            q, k, v, cu_seqlens_q, max_seqlen_q, lengths, block_table, None, reach, options
+        )
+        return (out, to_softmax_lse(lse), q.new_empty(0)) if return_attn_probs else out
     k, v, page_cols = with_pages_together(k, v, block_table)
     mask = mask_of_packed(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size, causal,
         keep_first=keep_first, force_fa_decode=force_fa_decode, page_cols=page_cols,
     )  # fmt: skip
-    check_together(alibi_slopes, keep_first, page_cols is not None and return_attn_probs and dropout_p > 0)
-    sink = sink_of(s_aux, learnable_sink)
-    options = Options(dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, sink)
     return attend(q, k, v, mask, options, return_attn_probs, (cu_seqlens_q, cu_seqlens_k))
 
 

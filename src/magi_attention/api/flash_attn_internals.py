@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from magi_attention.api.flash_attn_cache import Reach, attend_pages
 from magi_attention.api.flash_attn_core import (
     Options,
     check_together,
@@ -17,7 +18,7 @@ from magi_attention.api.flash_attn_core import (
     to_softmax_lse,
     write_gradients,
 )
-from magi_attention.api.flash_attn_mask import Side, mask_of_batch, mask_of_packed, with_pages_together
+from magi_attention.api.flash_attn_mask import Side, mask_of_batch, mask_of_packed, window_of
 from magi_attention.errors import complaint
 
 Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -81,17 +82,24 @@ def _flash_attn_varlen_forward(
     ``zero_tensors`` and ``num_splits`` change nothing: rows that see nothing are zero anyway, and splitting is a matter
     of the kernels.
     """
+    options = Options(dropout_p, softmax_scale, softcap, alibi_slopes).with_state(q.device)
+    window = window_size_left, window_size_right
+    if block_table is not None:
+        check_together(alibi_slopes, keep_first, return_softmax and dropout_p > 0)
+        reach = Reach(window_of(window, causal, max_seqlen_k), keep_first, force_fa_decode)
+        lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
+        out, lse = attend_pages(
+            q, k, v, cu_seqlens_q, max_seqlen_q, lengths, block_table, leftpad_k, reach, options
+        )
+        return out, to_softmax_lse(lse), q.new_empty(0), options.state
     if leftpad_k is not None:
         remedy = "Begin the sequences behind their padding."
         raise NotImplementedError(complaint("leftpad_k", "None", "a tensor", remedy))
-    check_together(alibi_slopes, keep_first, block_table is not None and return_softmax and dropout_p > 0)
-    k, v, page_cols = with_pages_together(k, v, block_table)
-    window = window_size_left, window_size_right
+    check_together(alibi_slopes, keep_first)
     mask = mask_of_packed(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, causal,
-        keep_first=keep_first, force_fa_decode=force_fa_decode, seqused_k=seqused_k, page_cols=page_cols,
+        keep_first=keep_first, force_fa_decode=force_fa_decode, seqused_k=seqused_k,
     )  # fmt: skip
-    options = Options(dropout_p, softmax_scale, softcap, alibi_slopes).with_state(q.device)
     out, lse = forward(q, k, v, mask, options)
     boundaries = (cu_seqlens_q, cu_seqlens_k)
     pattern = dropout_pattern(q, k, mask, options, boundaries) if return_softmax else q.new_empty(0)

@@ -486,7 +486,7 @@ class SWAACache(DynamicCache):
             )
         super().__init__(config=decoder)
         own = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers)
-        if not own or getattr(decoder, "num_kv_shared_layers", 0):
+        if not own or getattr(decoder, "num_kv_shared_layers", False):
             remedy = "Use transformers' DynamicCache."
             raise NotImplementedError(complaint("model", "layers with their own keys", "shared keys", remedy))
         swaa, padding = SWAAConfig(**stored), _left_padding(attention_mask)
