@@ -13,7 +13,8 @@ The rule sets one rounding error against another, and among thousands of cases, 
 formula is lucky now and then: an error a little above its bound (``--near``) is listed and is no failure. Gradients of
 scores and sinks that are further off are held against the CPU kernels: delta comes from the rounded out there too,
 which the plain formula does not see. It shows where nothing else is left: a row that sees one key, with dropout, has
-gradients of exactly zero.
+gradients of exactly zero. What is still off, but by less than MOST_LUCK, is drawn again, with other numbers in the same
+mask, shapes and features: a kernel that is wrong stays wrong, luck does not.
 
 Exit code 1: a case broke the rule; 2: a case hung (its seed and all stacks are on stderr); 3: no case ran.
 """
@@ -47,6 +48,8 @@ from magi_attention.testing.variants import head_major_views, packed_views, pois
 
 HUNG, BROKEN, IDLE = 2, 1, 3
 POISON_BYTES = 64 << 20
+MOST_LUCK = 3.0
+OTHER_DRAWS = 4
 FROM_DELTA = ("dq", "dk", "dsink")
 
 
@@ -170,8 +173,8 @@ def _random_band(rng: np.random.Generator, num_rows: int, num_cols: int) -> list
     return [*map(int, ends), low, high]
 
 
-def case_of(seed: int, device: torch.device, most: int) -> Case:
-    """The case that ``seed`` stands for."""
+def case_of(seed: int, device: torch.device, most: int, draw: int = 0) -> Case:
+    """The case that ``seed`` stands for; other numbers in the same case for each further ``draw``."""
     spec = SPECIALISATIONS[seed % len(SPECIALISATIONS)]
     rng = np.random.default_rng(seed)
     mask: Mask | DeviceMask = random_mask(rng, most)
@@ -192,7 +195,7 @@ def case_of(seed: int, device: torch.device, most: int) -> Case:
         dtype=spec.dtype,
         device=device,
         batch=batch,
-        seed=seed,
+        seed=seed + 1_000_003 * draw,
         sink=sink,
         softmax_scale=float(rng.uniform(-0.3, 0.3)) if rng.random() < 0.15 else None,
         softcap=float(rng.uniform(1, 40)) if spec.softcap else 0.0,
@@ -337,6 +340,8 @@ def _try(seed: int, device: torch.device, args: argparse.Namespace, tally: Tally
             fault, ratio = unequal_bits(case, args.backend, args.repeats), 0.0
         else:
             fault, ratio = fault_of(case, args.backend, seed, args.near)
+            if fault and 1 < ratio <= MOST_LUCK and _was_bad_luck(seed, device, args):
+                fault = ""
     except NotImplementedError as refusal:
         tally.outcomes[f"refused: {first_line(refusal)[:80]}"] += 1
         return
@@ -351,6 +356,12 @@ def _try(seed: int, device: torch.device, args: argparse.Namespace, tally: Tally
         print(f"BROKEN {describe(seed, case)}\n{fault}", flush=True)
     elif args.seed is not None:
         print(f"{describe(seed, case)}\nok, largest error / bound {ratio:.3f}", flush=True)
+
+
+def _was_bad_luck(seed: int, device: torch.device, args: argparse.Namespace) -> bool:
+    """Whether the case keeps the rule with other numbers."""
+    others = (case_of(seed, device, args.max_tokens, draw) for draw in range(1, OTHER_DRAWS + 1))
+    return not any(fault_of(other, args.backend, seed, args.near)[0] for other in others)
 
 
 def side_by_side(argv: list[str], processes: int) -> int:

@@ -106,6 +106,21 @@ def test_columns_in_parts_are_looked_at_too(monkeypatch, capsys):
     assert "in parts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("spoiled_draws", "code"), [(1, 0), (9, soak.BROKEN)])
+def test_bad_luck_does_not_come_twice(monkeypatch, spoiled_draws, code):
+    true, calls = soak.fault_of, []
+
+    def spoiled(*args):
+        calls.append(args)
+        return ("out: 2.01", 2.01) if len(calls) <= spoiled_draws else true(*args)
+
+    monkeypatch.setattr(soak, "fault_of", spoiled)
+    assert soak.main([*CPU, "--seed", "7", "--max-tokens", "90"]) == code
+    assert len(calls) == (1 + soak.OTHER_DRAWS if code == 0 else 2)
+    assert not torch.equal(calls[0][0].q.nan_to_num(), calls[1][0].q.nan_to_num())
+    assert calls[0][0].q.shape == calls[1][0].q.shape and str(calls[0][0].mask) == str(calls[1][0].mask)
+
+
 @pytest.mark.parametrize(("spoil", "code"), [(1.0, 0), (4.0, soak.BROKEN)])
 def test_what_the_rounding_of_out_leaves_in_gradients_of_zero_is_no_fault(monkeypatch, spoil, code):
     true = oracle.attention
