@@ -1,7 +1,8 @@
-"""What every test gets: seeds, poisoned memory, two threads, and a reason when a GPU is missing."""
+"""What every test gets: seeds, poisoned memory, two threads, and where a GPU is missing the interpreter or a reason."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -12,6 +13,10 @@ import pytest
 import torch
 
 THREADS = 2
+
+if not torch.cuda.is_available():
+    # Then Triton kernels run in the interpreter. Triton reads the switch when it is imported, as Transformers does.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("default")
