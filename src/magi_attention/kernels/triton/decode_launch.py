@@ -98,7 +98,8 @@ def decode(
     # A sequence's last tile may be a short one.
     counters = zeroed(num_kv_heads * (tokens * group // cut.rows + batch), q.device)
     unit, unit_out = unit_of(q, k, v), unit_of(out)
-    overlaps = _launches_overlap(q.device)
+    # With room for a program of the next launch on some multiprocessors only, the next one begins unevenly.
+    overlaps = cut.programs == 1 and _launches_overlap(q.device)
     is_number, is_paged = isinstance(used, int), block_table is not None
     decode_kernel[(num_programs,)](
         q, *units(q, unit), k, *units(k, unit), v, *units(v, unit),
