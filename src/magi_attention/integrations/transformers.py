@@ -544,7 +544,7 @@ class SlidingLayer(DynamicLayer):
                 complaint("crop", "a cache that has dropped nothing", "one that has", remedy)
             )
         super().crop(tokens_to_remove)
-        if self.keys is not None:
+        if tokens_to_remove and self.keys is not None:
             self.cumulative_length = self.keys.shape[-2]
 
 
