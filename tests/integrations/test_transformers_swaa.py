@@ -131,16 +131,26 @@ def test_chunks_and_steps_show_what_the_definition_shows(
         assert cache.get_mask_sizes(7, 0) == (now + 7, 0)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt-oss", "gemma2"])
-def test_steps_through_the_cache_function_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_through_the_cache_function_are_the_same(
+    kind: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, ids = sliding(kind, SWAAConfig(9, 2, [1])), tokens(2, 30)
+    mask = left_padded(2, 30, 3) if padded else torch.ones(2, 30, dtype=torch.long)
     options = {"max_new_tokens": 9, "do_sample": False, "prefill_chunk_size": 13, "output_logits": True}
-    options |= {"return_dict_in_generate": True}
-    expected = made.generate(ids, past_key_values=SWAACache(made.config), **options)
-    calls = []
+    options |= {"return_dict_in_generate": True, "attention_mask": mask}
+
+    def cache() -> Any:
+        return DynamicCache(config=made.config) if padded else SWAACache(made.config)
+
+    expected = made.generate(ids, past_key_values=cache(), **options)
+    calls: list[int] = []
+    pads: list[bool] = []
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
         calls.append(arguments[0].shape[1])
+        pads.append(keywords["cache_leftpad"] is not None)
         return with_cache(*arguments, **keywords)
 
     # As on a GPU.
@@ -148,10 +158,12 @@ def test_steps_through_the_cache_function_are_the_same(kind: str, monkeypatch: p
     few = property(lambda call: call.q.shape[1] <= 16 and call.q.shape[1] < call.k.shape[1])
     monkeypatch.setattr(integration._Call, "is_decoding", few)
     monkeypatch.setattr(integration, "flash_attn_with_kvcache", counted)
-    found = made.generate(ids, past_key_values=SWAACache(made.config), **options)
+    found = made.generate(ids, past_key_values=cache(), **options)
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
         close(ours, theirs)
     assert calls == [13] * 2 + [4] * 2 + [1] * 2 * 8
+    # Layers with windows of their own see none of the padding after a while.
+    assert any(pads) == padded
 
 
 def stored(cache: Any) -> list[int]:

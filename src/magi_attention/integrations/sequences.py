@@ -116,6 +116,18 @@ def _pairs(group: Ints) -> tuple[Ints, Ints]:
     return first, begin + within
 
 
+def left_padding(numbers: Ints, num_rows: int, num_cols: int) -> Ints | None:
+    """(batch,) columns of padding on the left of one sequence a row; None if anything else is in ``numbers``.
+
+    Nor is it only that if keys are missing, or if queries are padding.
+    """
+    if numbers.shape[1] != num_cols or not numbers.size:
+        return None
+    pads = (numbers != 0).argmax(axis=1)
+    is_alone = numbers == (np.arange(num_cols) >= pads[:, None])
+    return pads if is_alone.all() and pads.max() <= num_cols - num_rows else None
+
+
 def stored_columns(numbers: Ints, num_rows: int, num_cols: int, sight: Sight) -> Ints | None:
     """The columns of ``numbers`` whose keys a cache still has, which has dropped what no later query sees.
 

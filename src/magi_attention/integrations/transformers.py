@@ -25,7 +25,7 @@ from magi_attention.api.flash_attn_kvcache import flash_attn_with_kvcache
 from magi_attention.attention import attention
 from magi_attention.common.recent import Recent
 from magi_attention.errors import check_tensor, check_type, complaint
-from magi_attention.integrations.sequences import Ints, Sight, batch_mask, stored_columns
+from magi_attention.integrations.sequences import Ints, Sight, batch_mask, left_padding, stored_columns
 from magi_attention.integrations.swaa import SWAAConfig
 from magi_attention.mask import Mask
 
@@ -80,6 +80,7 @@ _OVERLAYS = {
 """transformers' masks that need no tensor here, and whether they are causal. Layers name their windows themselves."""
 
 _packings: Recent[tuple[torch.Tensor, torch.Tensor | None]] = Recent(8)
+_paddings: Recent[tuple[torch.Tensor, torch.Tensor | None]] = Recent(8)
 _masks: Recent[tuple[torch.Tensor, Mask]] = Recent(8)
 
 
@@ -219,6 +220,9 @@ def attention_forward(
     if numbers is None and sight.causal:
         numbers = _packing(position_ids, q, k)
     if numbers is not None:
+        pads = _pads(numbers, q, k) if call.is_decoding else None
+        if pads is not None:
+            return call.decoded(pads), None
         return call.masked(_band_mask(numbers, q, k, sight), bool(deterministic)), None
     return call.decoded() if call.is_decoding else call.whole(bool(deterministic)), None
 
@@ -255,8 +259,9 @@ class _Call:
         few = self.q.shape[1] <= _FEW_QUERIES and self.q.shape[1] < self.k.shape[1]
         return self.q.is_cuda and few and not records and self.dropout_p == 0
 
-    def decoded(self) -> torch.Tensor:
-        out = flash_attn_with_kvcache(self.q, self.k, self.v, **self._windowed)
+    def decoded(self, pads: torch.Tensor | None = None) -> torch.Tensor:
+        """With ``pads`` keys of padding on the left."""
+        out = flash_attn_with_kvcache(self.q, self.k, self.v, cache_leftpad=pads, **self._windowed)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -382,6 +387,19 @@ def _packing(position_ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
         found = position_ids, numbers if bool((numbers[:, -1] > 1).any()) else None
         if key:
             _packings.put(key, found)
+    return found[1]
+
+
+def _pads(numbers: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """(batch,) int32 padding on the left of each row, if there is nothing else; remembered for the layers behind."""
+    key = None if numbers.is_inference() else (id(numbers), numbers._version, q.shape[1], k.shape[1])
+    found = _paddings.get(key) if key else None
+    if found is None:
+        host = np.broadcast_to(numbers.cpu().numpy(), (q.shape[0], numbers.shape[1])).astype(np.int64)
+        pads = left_padding(host, q.shape[1], k.shape[1])
+        found = numbers, None if pads is None else torch.from_numpy(pads).to(q.device, torch.int32)
+        if key:
+            _paddings.put(key, found)
     return found[1]
 
 
