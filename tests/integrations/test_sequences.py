@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from magi_attention.integrations.sequences import Sight, batch_mask, stored_columns
+from magi_attention.integrations.sequences import Sight, batch_mask, left_padding, stored_columns
 from magi_attention.integrations.swaa import SWAAConfig
 from magi_attention.kernels.reference.dense import multiplicity
 
@@ -137,3 +137,16 @@ def test_recipes_say_what_each_layer_does() -> None:
 def test_wrong_recipes_are_refused(arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         SWAAConfig(**arguments)
+
+
+def test_padding_on_the_left_alone_is_told_from_anything_else() -> None:
+    numbers = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert left_padding(numbers, 2, 5).tolist() == [2, 0]
+    others = {
+        "keys are missing": (numbers, 2, 4),
+        "a query is padding": (numbers, 4, 5),
+        "padding on the right": (numbers[:, ::-1], 1, 5),
+        "two sequences": (np.array([[0, 1, 1, 2, 2]]), 1, 5),
+        "nothing but padding": (np.zeros((1, 5), dtype=int), 1, 5),
+    }
+    assert {name: left_padding(*given) for name, given in others.items()} == dict.fromkeys(others)
