@@ -18,8 +18,11 @@ from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq
 from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.plan.tiling import choose_tiles
 
-STATISTICS = {"LSE", "LSE2", "DELTA", "MAX_LOGITS", "SINK", "DSINK", "DLSE", "SLOPES"}
-TABLES = {"TILES", "BAND_LIST", "BANDS", "DIAGONALS", "DQ_STATE", "KEYS"}
+STATISTICS = {"LSE", "LSE2", "DELTA", "MAX_LOGITS", "SINK", "DSINK", "DLSE", "SLOPES", "PARTS", "STATS"}
+TABLES = {
+    *("TILES", "BAND_LIST", "BANDS", "DIAGONALS", "DQ_STATE", "KEYS"),
+    *("USED", "LEFTPAD", "ROWS", "CU_Q", "CU_NEW", "TABLE", "COUNTERS", "POSITIONS"),
+}
 
 
 def signature(kernel: Any, constants: dict[str, Any], element: str) -> dict[str, str]:
@@ -45,21 +48,27 @@ def signature(kernel: Any, constants: dict[str, Any], element: str) -> dict[str,
     return types
 
 
-def figures(
+def compiled(
     kernel: Any, constants: dict[str, Any], options: dict[str, int], element: str = "bf16"
-) -> dict[str, int]:
-    """Registers, spilled bytes, shared memory and matrix instructions of one variant."""
+) -> tuple[Any, str]:
+    """One variant, and what ptxas said; pointers are aligned."""
     names = [parameter.name for parameter in kernel.params]
     constants = {name: value for name, value in constants.items() if name in names}
     types = signature(kernel, constants, element)
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types[name].startswith("*")}
-    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-    compiled, log = compile_for_hopper(source, options)
+    return compile_for_hopper(ASTSource(kernel, types, constexprs=constants, attrs=aligned), options)
+
+
+def figures(
+    kernel: Any, constants: dict[str, Any], options: dict[str, int], element: str = "bf16"
+) -> dict[str, int]:
+    """Registers, spilled bytes, shared memory and matrix instructions of one variant."""
+    found, log = compiled(kernel, constants, options, element)
     return {
         "registers": max(map(int, re.findall(r"Used (\d+) registers", log))),
         "spills": spilled_bytes(log),
-        "shared": compiled.metadata.shared,
-        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "shared": found.metadata.shared,
+        "wgmma": found.asm["ptx"].count("wgmma.mma_async"),
     }
 
 

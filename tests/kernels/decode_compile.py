@@ -7,39 +7,21 @@ import re
 import sys
 from typing import Any
 
-from ahead_of_time import compile_for_hopper, disassemble, spilled_bytes
-from triton.compiler import ASTSource
+from ahead_of_time import disassemble, spilled_bytes
+from aot_compile import compiled
 
 from magi_attention.kernels.triton.append import append_kernel
 from magi_attention.kernels.triton.decode import decode_kernel
 from magi_attention.kernels.triton.decode_launch import tiling_of
 
-INTEGERS = {"USED", "LEFTPAD", "ROWS", "CU_Q", "CU_NEW", "TABLE", "COUNTERS", "POSITIONS"}
-STATISTICS = {"LSE", "PARTS", "STATS", "SLOPES", "SINK"}
-
 
 def figures(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> dict[str, int]:
     """Spilled bytes, shared memory, and 16-byte copies and loads of one variant, bf16."""
-    types = {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if name in constants:
-            types[name] = "constexpr"
-        elif parameter.annotation_type:
-            types[name] = parameter.annotation_type
-        elif name.isupper():
-            types[name] = "*i32" if name in INTEGERS else "*fp32" if name in STATISTICS else "*bf16"
-        else:
-            types[name] = "i32"
-    aligned = {
-        (n,): [["tt.divisibility", 16]] for n, kind in enumerate(types.values()) if kind.startswith("*")
-    }
-    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-    compiled, log = compile_for_hopper(source, options)
-    assembly = disassemble(compiled)
+    found, log = compiled(kernel, constants, options)
+    assembly = disassemble(found)
     return {
         "spills": spilled_bytes(log),
-        "shared": compiled.metadata.shared,
+        "shared": found.metadata.shared,
         "copies": len(re.findall(r"LDGSTS\.\S*128", assembly)),
         "narrow_copies": len(re.findall(r"LDGSTS(?!\S*128)", assembly)),
         "products": len(re.findall(r"\b(?:HMMA|HGMMA)", assembly)),

@@ -122,6 +122,14 @@ def test_counters_run_out_and_are_never_shared():
     assert not second.any() and reserve.take(1) is None
 
 
+def test_counters_begin_where_triton_needs_no_other_kernel(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setitem(counters._reserves, device, counters._Reserve(torch.zeros(40, dtype=torch.int32)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    found = [counters.zeroed(count, device) for count in (1, 9, 3)]
+    assert [x.storage_offset() % 4 for x in found] == [0, 0, 0] and [len(x) for x in found] == [4, 12, 4]
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, int]]:
     return run_program("decode_compile.py")

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -79,9 +79,8 @@ _OVERLAYS = {
 }
 """transformers' masks that need no tensor here, and whether they are causal. Layers name their windows themselves."""
 
-_packings: Recent[tuple[torch.Tensor, torch.Tensor | None]] = Recent(8)
-_paddings: Recent[tuple[torch.Tensor, torch.Tensor | None]] = Recent(8)
-_masks: Recent[tuple[torch.Tensor, Mask]] = Recent(8)
+_Found = TypeVar("_Found")
+_values: Recent[tuple[torch.Tensor, Any]] = Recent(32)
 
 
 def register() -> None:
@@ -379,39 +378,50 @@ def _packing(position_ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
         (q.shape[0], num_rows),
     ):  # coordinates of something else
         return None
-    # Every layer gets the same tensor: its values are read once. Holding it keeps its id.
-    key = None if position_ids.is_inference() else (id(position_ids), position_ids._version)
-    found = _packings.get(key) if key else None
-    if found is None:
+
+    def make() -> torch.Tensor | None:
         numbers = 1 + torch.nn.functional.pad(position_ids.diff() != 1, (1, 0)).cumsum(1).to(torch.int32)
-        found = position_ids, numbers if bool((numbers[:, -1] > 1).any()) else None
+        return numbers if bool((numbers[:, -1] > 1).any()) else None
+
+    return _remembered("packing", position_ids, (), make)
+
+
+def _remembered(what: str, x: torch.Tensor, others: Hashable, make: Callable[[], _Found]) -> _Found:
+    """What ``make`` finds in ``x`` and others: every layer gets the same tensor, whose values are read once."""
+    key = None if x.is_inference() else (what, id(x), x._version, others)
+    found = _values.get(key) if key else None
+    if found is None:
+        found = x, make()  # holding x keeps its id
         if key:
-            _packings.put(key, found)
+            _values.put(key, found)
     return found[1]
+
+
+def _on_host(numbers: torch.Tensor, batch: int) -> Ints:
+    """(batch, n) numbers of sequences, for which the host waits."""
+    host = _remembered("host", numbers, (), lambda: numbers.cpu().numpy().astype(np.int64))
+    return np.broadcast_to(host, (batch, numbers.shape[1]))
 
 
 def _pads(numbers: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-    """(batch,) int32 padding on the left of each row, if there is nothing else; remembered for the layers behind."""
-    key = None if numbers.is_inference() else (id(numbers), numbers._version, q.shape[1], k.shape[1])
-    found = _paddings.get(key) if key else None
-    if found is None:
-        host = np.broadcast_to(numbers.cpu().numpy(), (q.shape[0], numbers.shape[1])).astype(np.int64)
-        pads = left_padding(host, q.shape[1], k.shape[1])
-        found = numbers, None if pads is None else torch.from_numpy(pads).to(q.device, torch.int32)
-        if key:
-            _paddings.put(key, found)
-    return found[1]
+    """(batch,) int32 padding on the left of each row, if there is nothing else."""
+    batch, num_rows, num_cols = q.shape[0], q.shape[1], k.shape[1]
+
+    def make() -> torch.Tensor | None:
+        pads = left_padding(_on_host(numbers, batch), num_rows, num_cols)
+        return None if pads is None else torch.from_numpy(pads).to(q.device, torch.int32)
+
+    return _remembered("padding", numbers, (batch, num_rows, num_cols), make)
 
 
 def _band_mask(numbers: torch.Tensor, q: torch.Tensor, k: torch.Tensor, sight: Sight) -> Mask:
-    """The mask of a whole batch; remembered for the layers that get the same tensor."""
-    batch, num_rows, num_cols = q.shape[0], q.shape[1], k.shape[1]
-    key = None
-    if not numbers.is_inference():
-        key = id(numbers), numbers._version, batch, num_rows, num_cols, sight
-        if (found := _masks.get(key)) is not None:
-            return found[1]
-    host: Ints = np.broadcast_to(numbers.cpu().numpy().astype(np.int64), (batch, numbers.shape[1]))
+    """The mask of a whole batch."""
+    sizes = q.shape[0], q.shape[1], k.shape[1]
+    return _remembered("mask", numbers, (*sizes, sight), lambda: _make_band_mask(numbers, *sizes, sight))
+
+
+def _make_band_mask(numbers: torch.Tensor, batch: int, num_rows: int, num_cols: int, sight: Sight) -> Mask:
+    host = _on_host(numbers, batch)
     if host.shape[1] > num_cols:
         stored = stored_columns(host, num_rows, num_cols, sight)
         if stored is None:
@@ -422,10 +432,7 @@ def _band_mask(numbers: torch.Tensor, q: torch.Tensor, k: torch.Tensor, sight: S
         host = stored
     if sight.causal and host.shape[1] < num_rows:
         raise ValueError(complaint("attention_mask", f"at least {num_rows} columns", host.shape[1]))
-    mask = batch_mask(host, num_rows, num_cols, sight)
-    if key is not None:
-        _masks.put(key, (numbers, mask))
-    return mask
+    return batch_mask(host, num_rows, num_cols, sight)
 
 
 def enable_swaa(model: PreTrainedModel, config: SWAAConfig) -> None:

@@ -49,6 +49,17 @@ def engine_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]
     return [*(s if n > 1 else ALIGN for s, n in zip(stride[:-1], shape, strict=False)), 1]
 
 
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``, which is at least 1; Triton's own takes several microseconds."""
+    return 1 << (n - 1).bit_length()
+
+
 def unit_of(*tensors: torch.Tensor) -> int:
     """Elements that all strides are multiples of: ALIGN, where rows begin at whole 16 bytes too, or 1."""
     return ALIGN if all(_in_units(x) for x in tensors) else 1

@@ -20,7 +20,9 @@ from magi_attention.kernels.operands import (
     engine_strides,
     heads_in_cache,
     in_place,
+    num_multiprocessors,
     optional,
+    power_of_two,
     steps,
     strides,
     wave,
@@ -283,7 +285,7 @@ def _row_statistics(
     constants = {
         "HAS_SINK": sink is not None, "HAS_DLSE": dlse is not None,
         "DROPOUT": problem.rng_state is not None, "TILE": tile, "PACK": pack,
-        "DV": head_dim, "BLOCK_M": _DELTA_ROWS, "BLOCK_DV": triton.next_power_of_2(head_dim),
+        "DV": head_dim, "BLOCK_M": _DELTA_ROWS, "BLOCK_DV": power_of_two(head_dim),
     }  # fmt: skip
     grid = (triton.cdiv(num_rows, _DELTA_ROWS) * num_heads, batch)
     _start(delta_kernel, grid, arguments, constants, None, problem.q, out, dout, sink, dlse, lse)
@@ -400,13 +402,8 @@ def _layout(rank: int, element_size: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * element_size, rank=rank)
 
 
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _num_programs(device: torch.device, sm_margin: int) -> int:
-    return max(1, _num_multiprocessors(device) - sm_margin)
+    return max(1, num_multiprocessors(device) - sm_margin)
 
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}

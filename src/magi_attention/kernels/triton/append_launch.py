@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton
 
-from magi_attention.kernels.operands import unit_of, units
+from magi_attention.kernels.operands import power_of_two, unit_of, units
 from magi_attention.kernels.triton.append import append_kernel
 
 
@@ -64,7 +63,7 @@ def append(
         num_kv_heads, num_heads, used if is_number else 0, k_cache.shape[1], len(k_cache), capacity,
         0 if cos is None else cos.shape[0], TURNED=is_turned, INTERLEAVED=interleaved, QUERIES_MOVE=queries_move,
         R=0 if cos is None else 2 * cos.shape[1], D=head_dim, DV=head_dim_v, UNIT=unit,
-        BLOCK_B=triton.next_power_of_2(batch), BLOCK_H=min(16, triton.next_power_of_2(num_heads)),
-        BLOCK_D=max(16, triton.next_power_of_2(max(head_dim, head_dim_v))), num_warps=4,
+        BLOCK_B=power_of_two(batch), BLOCK_H=min(16, power_of_two(num_heads)),
+        BLOCK_D=max(16, power_of_two(max(head_dim, head_dim_v))), num_warps=4,
     )  # fmt: skip
     return result

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 _RESERVE = 1 << 20
+_ALIGN = 4
+"""Counters in 16 bytes: Triton compiles anew for a pointer that is not at whole ones."""
 
 
 @dataclass
@@ -39,6 +41,7 @@ def zeroed(count: int, device: torch.device) -> torch.Tensor:
     """At least ``count`` int32 zeros for one launch on the current stream, which must leave zeros."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
+    count = -(-count // _ALIGN) * _ALIGN
     with _lock:
         found = (
             _captured(count, device) if torch.cuda.is_current_stream_capturing() else _eager(count, device)

@@ -6,9 +6,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from magi_attention.kernels.operands import unit_of, units
+from magi_attention.kernels.operands import num_multiprocessors, power_of_two, unit_of, units
 from magi_attention.kernels.triton.counters import zeroed
 from magi_attention.kernels.triton.decode import decode_kernel
 
@@ -90,9 +89,9 @@ def decode(
     rows, widest = -(-tokens // batch) * group, max(head_dim, head_dim_v)
     cut = tiling or tiling_of(rows, batch * num_kv_heads, widest, q.element_size())
     num_programs = _num_programs(q.device, cut.programs, sm_margin)
-    block_dv = max(16, triton.next_power_of_2(head_dim_v))
+    block_dv = max(16, power_of_two(head_dim_v))
     # Rows of a tile that may be in use.
-    block_r = cut.rows if num_queries == 0 else min(cut.rows, triton.next_power_of_2(num_queries * group))
+    block_r = cut.rows if num_queries == 0 else min(cut.rows, power_of_two(num_queries * group))
     parts = lse.new_empty(num_programs, 2, cut.rows, block_dv)
     stats = lse.new_empty(num_programs, 2, 2, cut.rows)
     # A sequence's last tile may be a short one.
@@ -111,8 +110,8 @@ def decode(
         keep_first, int(full_when_one), softmax_scale, softcap,
         PAGE_SIZE=page_size if is_paged and page_size & (page_size - 1) == 0 else 0,
         HAS_KEPT=keep_first > 0 and window[0] >= 0, MASKED=num_queries != 1 and max(window) >= 0, SOFTCAP=softcap > 0,
-        D=head_dim, DV=head_dim_v, UNIT=unit, UNIT_O=unit_out, BLOCK_B=triton.next_power_of_2(batch),
-        BLOCK_M=cut.rows, BLOCK_R=block_r, BLOCK_N=cut.cols, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        D=head_dim, DV=head_dim_v, UNIT=unit, UNIT_O=unit_out, BLOCK_B=power_of_two(batch),
+        BLOCK_M=cut.rows, BLOCK_R=block_r, BLOCK_N=cut.cols, BLOCK_D=max(16, power_of_two(head_dim)),
         BLOCK_DV=block_dv, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         AT_A_TIME=max(1, min(_MOST_AT_A_TIME, _MERGED_ELEMENTS * cut.warps // (block_r * block_dv))),
         MOST_PIECES=_MOST_PIECES, DEPENDENT=overlaps, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=overlaps,
@@ -132,4 +131,4 @@ def _num_programs(device: torch.device, times: int, sm_margin: int) -> int:
     """As many as the device runs at a time."""
     if device.type != "cuda":
         return _PROGRAMS_ON_CPU
-    return times * max(torch.cuda.get_device_properties(device).multi_processor_count - sm_margin, 1)
+    return times * max(num_multiprocessors(device) - sm_margin, 1)

@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from magi_attention.kernels.operands import aligned, engine_strides, optional, strides, wave
+from magi_attention.kernels.operands import aligned, engine_strides, optional, power_of_two, strides, wave
 from magi_attention.kernels.problem import Problem
 from magi_attention.kernels.reference.modifiers import kept_below
 from magi_attention.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
@@ -153,7 +153,7 @@ def _blocks(rows: int, tma: bool, *tensors: torch.Tensor) -> tuple:
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    dim = max(16, triton.next_power_of_2(x.shape[3]))
+    dim = max(16, power_of_two(x.shape[3]))
     return TensorDescriptor(x, list(x.shape), engine_strides(x.shape, x.stride()), [1, rows, 1, dim])
 
 
@@ -169,8 +169,8 @@ def _is_hopper_or_later(device: torch.device) -> bool:
 
 def _padded(head_dim: int, head_dim_v: int) -> dict[str, int]:
     return {
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(head_dim_v)),
+        "BLOCK_D": max(16, power_of_two(head_dim)),
+        "BLOCK_DV": max(16, power_of_two(head_dim_v)),
     }
 
 
