@@ -15,6 +15,7 @@ from cache_cases import CacheCase, cache_case
 
 from magi_attention.api import flash_attn_cache
 from magi_attention.kernels import cache_ops
+from magi_attention.kernels.cache_problem import CacheProblem
 from magi_attention.kernels.triton import counters, decode_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +29,7 @@ pytestmark = [
 def _by_name(monkeypatch):
     monkeypatch.setenv("MAGI_ATTENTION_BACKEND", "triton")
     yield
-    decode_launch._num_programs.cache_clear()
+    decode_launch.num_programs_on.cache_clear()
 
 
 def is_for_kernels(case: CacheCase) -> bool:
@@ -61,10 +62,10 @@ def test_most_seeds_are_for_the_kernels():
 @pytest.mark.parametrize("most_pieces", [1, 16])
 def test_pieces_make_the_whole(programs, most_pieces, monkeypatch):
     monkeypatch.setattr(decode_launch, "_PROGRAMS_ON_CPU", programs)
-    monkeypatch.setattr(decode_launch, "_MOST_PIECES", most_pieces)
+    monkeypatch.setattr(decode_launch, "MOST_PIECES", most_pieces)
     lengths = torch.tensor([200, 1, 0, 77, 33], dtype=torch.int32)
     q, k, v = (torch.randn(5, n, h, 16) for n, h in ((2, 6), (200, 2), (200, 2)))
-    out, lse = decode_launch.decode(q, k, v, lengths, softmax_scale=0.25)
+    out, lse = decode_launch.decode(CacheProblem(q, k, v, lengths, 0.25))
     for b, length in enumerate(lengths.tolist()):
         scores = torch.einsum("thd,shd->hts", q[b], k[b, :length].repeat_interleave(3, dim=1)) * 0.25
         expected = torch.einsum("hts,shd->thd", scores.softmax(2), v[b, :length].repeat_interleave(3, dim=1))
@@ -77,8 +78,8 @@ def test_every_tile(rows):
     cut = replace(decode_launch.tiling_of(rows, 99, 16, 4), cols=16)
     q, k, v = (torch.randn(2, n, h, 16) for n, h in ((9, 8), (50, 2), (50, 2)))
     lengths = torch.tensor([50, 13], dtype=torch.int32)
-    found = decode_launch.decode(q, k, v, lengths, softmax_scale=0.3, window=(20, 0), tiling=cut)
-    other = decode_launch.decode(q, k, v, lengths, softmax_scale=0.3, window=(20, 0))
+    problem = CacheProblem(q, k, v, lengths, 0.3, window=(20, 0))
+    found, other = decode_launch.decode(problem, cut), decode_launch.decode(problem)
     for one, two in zip(found, other, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
@@ -97,7 +98,7 @@ def test_what_lies_beyond_the_cache_is_neither_read_nor_written():
     # Sequence 0 has no room at all, sequence 1 for two of three.
     before[2 + 2, 2:4] = new[1, :2]
     torch.testing.assert_close(whole, before, rtol=0, atol=0, equal_nan=True)
-    out, lse = decode_launch.decode(q, pages, pages, lengths, softmax_scale=1.0, block_table=table)
+    out, lse = decode_launch.decode(CacheProblem(q, pages, pages, lengths, 1.0, block_table=table))
     assert out.isfinite().all() and lse.isfinite().all()
 
 

@@ -7,10 +7,13 @@ are in ``used`` (B,), int32 or int64, or ``used_by_all`` where it is None.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from magi_attention import env
-from magi_attention.kernels.select import HAS_TRITON, MAX_HEAD_DIM
+from magi_attention.kernels.cache_problem import CacheProblem
+from magi_attention.kernels.select import HAS_TRITON, MAX_HEAD_DIM, runs_on_hopper
 
 MOST_SEQUENCES = 4096
 """Each program holds the lengths of all sequences."""
@@ -35,7 +38,9 @@ _library.define(_ATTEND)
 def kernels_take(q: torch.Tensor, v_cache: torch.Tensor, batch: int) -> bool:
     """Whether the kernels on caches take tensors like these: on a GPU, or in Triton's interpreter if asked by name."""
     asked = env.backend_override()
-    here = asked in (None, "triton") if q.is_cuda else asked == "triton" and env.triton_interpreter()
+    here = (
+        asked in (None, "triton", "hopper") if q.is_cuda else asked == "triton" and env.triton_interpreter()
+    )
     return (
         here
         and HAS_TRITON
@@ -65,15 +70,25 @@ def _attend(  # type: ignore[no-untyped-def]
     q, k_cache, v_cache, used, used_by_all, num_new, cu_seqlens_q, cu_seqlens_new, leftpad, cache_rows, block_table, sink,
     alibi_slopes, softmax_scale, softcap, left, right, keep_first, full_when_one, sm_margin,
 ):  # fmt: skip
-    from magi_attention.kernels.triton.decode_launch import decode
-
+    problem = CacheProblem(
+        q, k_cache, v_cache, used_by_all if used is None else used, softmax_scale, num_new, cu_seqlens_q, cu_seqlens_new,
+        softcap, (left, right), keep_first, full_when_one, leftpad, cache_rows, block_table, sink, alibi_slopes,
+        sm_margin,
+    )  # fmt: skip
     with torch.cuda.device_of(q):
-        return decode(
-            q, k_cache, v_cache, used_by_all if used is None else used, num_new=num_new, cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_new=cu_seqlens_new, softmax_scale=softmax_scale, softcap=softcap, window=(left, right),
-            keep_first=keep_first, full_when_one=full_when_one, leftpad=leftpad, cache_rows=cache_rows,
-            block_table=block_table, sink=sink, alibi_slopes=alibi_slopes, sm_margin=sm_margin,
-        )  # fmt: skip
+        return _kernels_for(problem).decode(problem)
+
+
+def _kernels_for(problem: CacheProblem) -> Any:
+    from magi_attention.kernels.triton import decode_launch as portable
+
+    name = env.backend_override()
+    if name == "triton" or (name is None and not runs_on_hopper(problem.q, problem.v)):
+        return portable
+    from magi_attention.kernels.hopper import decode_launch as hopper
+
+    is_wanted = name is not None or hopper.is_faster(problem)
+    return hopper if hopper.takes(problem) and is_wanted else portable
 
 
 for _device in ("CPU", "CUDA"):

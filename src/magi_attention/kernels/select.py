@@ -105,6 +105,11 @@ def _device_name(request: Request) -> str:
     return "a GPU of compute capability {}.{}".format(*request.capability)
 
 
+def runs_on_hopper(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether Hopper kernels run where these tensors are."""
+    return request_of(q, v).capability == (9, 0) and _has_gluon()
+
+
 def _triton_refusal(request: Request) -> str | None:
     if not HAS_TRITON:
         return 'Triton is not installed (pip install "magi_attention[gpu]")'

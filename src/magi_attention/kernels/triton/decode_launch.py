@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from magi_attention.kernels.cache_problem import CacheProblem
 from magi_attention.kernels.operands import num_multiprocessors, power_of_two, unit_of, units
 from magi_attention.kernels.triton.counters import zeroed
 from magi_attention.kernels.triton.decode import decode_kernel
@@ -14,7 +15,7 @@ from magi_attention.kernels.triton.decode import decode_kernel
 _PROGRAMS_ON_CPU = 3
 _FEW_ITEMS = 32
 """Up to which an item is put together from so many pieces that half of them, twice as large, are the better ones."""
-_MOST_PIECES = 16
+MOST_PIECES = 16
 _MOST_AT_A_TIME = 16
 _MERGED_ELEMENTS = 2048
 """Of pieces that a warp holds while it waits for them: 64 registers of each thread."""
@@ -42,81 +43,48 @@ def tiling_of(rows: int, items: int, head_dim: int, itemsize: int) -> Tiling:
     return Tiling(64, cols, 4, 3, 2) if rows <= 64 else Tiling(128, cols, 8, 3, 1)
 
 
-def decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    used: torch.Tensor | int,
-    *,
-    num_new: int = 0,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_new: torch.Tensor | None = None,
-    softmax_scale: float,
-    softcap: float = 0.0,
-    window: tuple[int, int] = (-1, -1),
-    keep_first: int = 0,
-    full_when_one: bool = False,
-    leftpad: torch.Tensor | None = None,
-    cache_rows: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    sink: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sm_margin: int = 0,
-    tiling: Tiling | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out, of q's shape but for v's head dimension and in its dtype, and lse without that axis, fp32.
-
-    Args:
-        q: (B, T, H, D), or (tokens, H, D) with ``cu_seqlens_q``.
-        k, v: (rows, positions, HK, D or DV), or pages of as many positions with ``block_table``; any strides but the last
-            one's, which is 1.
-        used: (B,) int32 or int64, keys of each sequence before the new ones, or a number.
-        num_new: new keys of each, in the cache already; or their (B + 1,) int32 boundaries, ``cu_seqlens_new``.
-        window: (left, right), -1 without a limit. keep_first: keys from the first one on that are seen in any window.
-        full_when_one: a sequence with one query has no limit on the left.
-        leftpad: (B,) int32, first position in use. cache_rows: (B,) int32, row of the cache of each sequence.
-        block_table: (B, blocks) int32, pages of each sequence. sink: (H,). alibi_slopes: (B, H) fp32, contiguous.
-        sm_margin: multiprocessors left to others.
-    """
-    batch = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    num_queries = q.shape[1] if cu_seqlens_q is None else 0
-    num_heads, head_dim = q.shape[-2:]
-    page_size, num_kv_heads, head_dim_v = v.shape[1:]
-    group, tokens = num_heads // num_kv_heads, q.shape[:-2].numel()
-    out, lse = q.new_empty(*q.shape[:-1], head_dim_v), q.new_empty(q.shape[:-1], dtype=torch.float32)
+def decode(problem: CacheProblem, tiling: Tiling | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, as ``CacheProblem.results``."""
+    q, k, v = problem.q, problem.k, problem.v
+    out, lse = problem.results()
     if lse.numel() == 0:
         return out, lse
-    rows, widest = -(-tokens // batch) * group, max(head_dim, head_dim_v)
-    cut = tiling or tiling_of(rows, batch * num_kv_heads, widest, q.element_size())
-    num_programs = _num_programs(q.device, cut.programs, sm_margin)
-    block_dv = max(16, power_of_two(head_dim_v))
-    # Rows of a tile that may be in use.
-    block_r = cut.rows if num_queries == 0 else min(cut.rows, power_of_two(num_queries * group))
-    parts = lse.new_empty(num_programs, 2, cut.rows, block_dv)
-    stats = lse.new_empty(num_programs, 2, 2, cut.rows)
-    # A sequence's last tile may be a short one.
-    counters = zeroed(num_kv_heads * (tokens * group // cut.rows + batch), q.device)
+    head_dim, head_dim_v = q.shape[-1], v.shape[3]
+    items = problem.batch * problem.num_kv_heads
+    cut = tiling or tiling_of(problem.rows, items, max(head_dim, head_dim_v), q.element_size())
+    num_programs = num_programs_on(q.device, cut.programs, problem.sm_margin)
+    block_dv, block_r = max(16, power_of_two(head_dim_v)), problem.live_rows(cut.rows)
+    parts, stats = workspace(num_programs, cut.rows, block_dv, q.device)
     unit, unit_out = unit_of(q, k, v), unit_of(out)
     # With room for a program of the next launch on some multiprocessors only, the next one begins unevenly.
     overlaps = cut.programs == 1 and _launches_overlap(q.device)
-    is_number, is_paged = isinstance(used, int), block_table is not None
+    page_size = 0 if problem.block_table is None else k.shape[1]
     decode_kernel[(num_programs,)](
         q, *units(q, unit), k, *units(k, unit), v, *units(v, unit),
-        out, num_heads * head_dim_v // unit_out, head_dim_v // unit_out, lse,
-        None if is_number else used, leftpad, cache_rows, cu_seqlens_q, cu_seqlens_new,
-        block_table, block_table.stride(0) if block_table is not None else 0, sink, alibi_slopes,
-        parts, stats, counters, batch, num_queries, num_heads, group, page_size, len(k),
-        page_size * (block_table.shape[1] if block_table is not None else 1), used if is_number else 0, num_new, *window,
-        keep_first, int(full_when_one), softmax_scale, softcap,
-        PAGE_SIZE=page_size if is_paged and page_size & (page_size - 1) == 0 else 0,
-        HAS_KEPT=keep_first > 0 and window[0] >= 0, MASKED=num_queries != 1 and max(window) >= 0, SOFTCAP=softcap > 0,
-        D=head_dim, DV=head_dim_v, UNIT=unit, UNIT_O=unit_out, BLOCK_B=power_of_two(batch),
-        BLOCK_M=cut.rows, BLOCK_R=block_r, BLOCK_N=cut.cols, BLOCK_D=max(16, power_of_two(head_dim)),
-        BLOCK_DV=block_dv, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        AT_A_TIME=max(1, min(_MOST_AT_A_TIME, _MERGED_ELEMENTS * cut.warps // (block_r * block_dv))),
-        MOST_PIECES=_MOST_PIECES, DEPENDENT=overlaps, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=overlaps,
+        out, q.shape[-2] * head_dim_v // unit_out, head_dim_v // unit_out, lse, *problem.numbers(),
+        parts, stats, zeroed(problem.items(cut.rows), q.device), *problem.sizes(), problem.softmax_scale, problem.softcap,
+        PAGE_SIZE=0 if page_size & (page_size - 1) else page_size, HAS_KEPT=problem.has_kept, MASKED=problem.is_masked,
+        SOFTCAP=problem.softcap > 0, D=head_dim, DV=head_dim_v, UNIT=unit, UNIT_O=unit_out,
+        BLOCK_B=power_of_two(problem.batch), BLOCK_M=cut.rows, BLOCK_R=block_r, BLOCK_N=cut.cols,
+        BLOCK_D=max(16, power_of_two(head_dim)), BLOCK_DV=block_dv,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        AT_A_TIME=merged_at_a_time(block_r, block_dv, cut.warps), MOST_PIECES=MOST_PIECES,
+        DEPENDENT=overlaps, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=overlaps,
     )  # fmt: skip
     return out, lse
+
+
+def workspace(
+    programs: int, block_rows: int, block_dims: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the pieces of items that programs share: two a program, of sums and of their maxima and totals."""
+    parts = torch.empty(programs, 2, block_rows, block_dims, dtype=torch.float32, device=device)
+    return parts, parts.new_empty(programs, 2, 2, block_rows)
+
+
+def merged_at_a_time(block_rows: int, block_dims: int, warps: int) -> int:
+    """How many pieces to wait for together."""
+    return max(1, min(_MOST_AT_A_TIME, _MERGED_ELEMENTS * warps // (block_rows * block_dims)))
 
 
 @functools.cache
@@ -127,7 +95,7 @@ def _launches_overlap(device: torch.device) -> bool:
 
 
 @functools.cache
-def _num_programs(device: torch.device, times: int, sm_margin: int) -> int:
+def num_programs_on(device: torch.device, times: int, sm_margin: int) -> int:
     """As many as the device runs at a time."""
     if device.type != "cuda":
         return _PROGRAMS_ON_CPU
