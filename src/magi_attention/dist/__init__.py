@@ -1,0 +1,1 @@
+"""Context parallelism: tokens of one sequence on many ranks."""

@@ -1,0 +1,147 @@
+"""Chunks and their placement on ranks: documented results, optima by brute force, laws on random masks."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magi_attention import config
+from magi_attention.dist import chunks as chunk_module
+from magi_attention.dist.chunks import Chunks, cut
+from magi_attention.dist.placement import _by_heap, bound, place
+from magi_attention.kernels.reference.dense import multiplicity
+from magi_attention.mask import Mask
+from magi_attention.testing.strategies import masks
+
+PLACING = [
+    config.MinHeapDispatchAlg(),
+    config.ToppHeapDispatchAlg(0.6),
+    config.BatchToppHeapDispatchAlg(1.0, 3),
+    config.RandomSelectDispatchAlg(),
+    config.SequentialDispatchAlg(),
+    config.ZigzagDispatchAlg(),
+    config.SortedSequentialSelectAlg(),
+    config.SortedSequentialSelectAlg(0.5),
+    config.BalancedDispatchAlg(),
+    config.BTPDispatchAlg(),
+    config.BSDispatchAlg(),
+]
+DOCUMENTS = Mask.varlen([0, 30, 31, 200, 230, 800, 1000, 1024], causal=True)
+
+
+def chunked(mask: Mask, size: int) -> Chunks:
+    return cut(mask.bands, mask.num_rows, mask.num_cols, size)
+
+
+@given(masks(max_size=60, max_bands=5), st.integers(1, 9))
+def test_chunks_say_what_the_mask_says(mask, size):
+    found, seen = chunked(mask, size), multiplicity(mask.table, mask.num_rows, mask.num_cols).numpy()
+    edges, needed, held = found.cells()
+    for n, (begin, end) in enumerate(found.rows):
+        assert found.areas[n] == seen[begin:end].sum()
+        keys = np.repeat(needed[n], np.diff(edges))
+        assert np.array_equal(keys, (seen[begin:end] > 0).any(axis=0))
+        own = np.repeat(held[n], np.diff(edges))
+        assert np.array_equal(own, (np.arange(mask.num_cols) >= begin) & (np.arange(mask.num_cols) < end))
+
+
+@given(masks(max_size=60, max_bands=4))
+def test_work_is_that_of_whole_tiles(mask):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_module, "TILE_ROWS", 4)
+        patch.setattr(chunk_module, "TILE_COLS", 8)
+        found = chunked(mask, 8)
+        expected = np.zeros(len(found), dtype=np.int64)
+        for band in mask.bands:
+            seen = Mask(band[None], mask.num_rows, mask.num_cols).to_dense()
+            for row in range(0, mask.num_rows, 4):
+                cols = np.flatnonzero(seen[row : row + 4].any(axis=0))
+                if len(cols):
+                    expected[row // 8] += -(-(cols[-1] + 1 - cols[0]) // 8) * 32
+        assert np.array_equal(found.work, expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "ranks", "expected"),
+    [
+        (range(1, 9), 4, [[0, 7], [1, 6], [2, 5], [3, 4]]),
+        ([7, 6, 5, 4, 3, 2, 1], 3, [[0, 5, 6], [1, 4], [2, 3]]),
+        ([1] * 8, 4, [[3, 7], [2, 6], [1, 5], [0, 4]]),
+        ([8, 7, 6, 5, 4, 2, 2, 2], 2, [[0, 3, 4, 5], [1, 2, 6, 7]]),
+    ],
+)
+def test_documented_results_of_the_heap(weights, ranks, expected):
+    assert [sorted(part) for part in _by_heap(np.array(weights), ranks)] == expected
+
+
+@given(masks(max_size=48, max_bands=5), st.integers(1, 4), st.sampled_from(PLACING))
+def test_every_chunk_is_placed_once(mask, ranks, alg):
+    found = chunked(mask, 4)
+    if len(found) < ranks:
+        with pytest.raises(ValueError, match="chunks: expected at least"):
+            place(alg, found, ranks)
+        return
+    parts = place(alg, found, ranks)
+    assert len(parts) == ranks and sorted(itertools.chain(*parts)) == list(range(len(found)))
+    assert all(part == sorted(part) for part in parts)
+    if alg.has_equal_counts and len(found) % ranks == 0 and not isinstance(alg, config.ZigzagDispatchAlg):
+        assert {len(part) for part in parts} == {len(found) // ranks}
+    assert place(alg, found, ranks) == parts
+
+
+@given(masks(max_size=28, max_bands=4), st.integers(2, 3))
+def test_optima(mask, ranks):
+    found = chunked(mask, 4)
+    if len(found) < ranks:
+        return
+    n = len(found)
+    best, equal = [], []
+    for choice in itertools.product(range(ranks), repeat=n):
+        loads = np.bincount(choice, found.areas, ranks).max()
+        best.append(loads)
+        if np.bincount(choice, minlength=ranks).max() <= -(-n // ranks):
+            equal.append(loads)
+
+    def largest(alg):
+        return max(found.areas[part].sum() for part in place(alg, found, ranks))
+
+    assert largest(config.BSDispatchAlg()) == min(best) == bound(config.DPDispatchAlg(), found, ranks)
+    assert largest(config.BTPDispatchAlg()) == min(equal)
+    assert bound(config.LBDispatchAlg(), found, ranks) <= min(best)
+
+
+def received(found: Chunks, parts: list[list[int]]) -> list[int]:
+    edges, needed, held = found.cells()
+    return [int((needed[part].any(axis=0) & ~held[part].any(axis=0)) @ np.diff(edges)) for part in parts]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_balanced_receives_less_than_the_heap_within_its_slack(ranks):
+    cuts = np.cumsum(np.random.default_rng(3).integers(10, 6000, 40))
+    mask = Mask.varlen([0, *cuts[cuts < 32768], 32768], causal=True)
+    found = chunked(mask, 512)
+    alg = config.BalancedDispatchAlg(slack=0.05)
+    ours, heap = place(alg, found, ranks), place(config.MinHeapDispatchAlg(), found, ranks)
+    loads = np.array([found.work[part].sum() for part in ours])
+    assert loads.max() <= 1.05 * loads.mean()
+    assert max(received(found, ours)) < 0.6 * max(received(found, heap))
+
+
+def test_sorted_sequential_keeps_documents_together():
+    parts = place(config.SortedSequentialSelectAlg(), chunked(DOCUMENTS, 64), 4)
+    long_one = set(range(230 // 64 + 1, 800 // 64))
+    assert sum(bool(long_one & set(part)) for part in parts) <= 3
+
+
+def test_refusals():
+    found = chunked(DOCUMENTS, 8)
+    with pytest.raises(ValueError, match="chunks: expected at most 24, got 128"):
+        place(config.BTPDispatchAlg(), found, 4)
+    with pytest.raises(ValueError, match="alg: expected one that places chunks, got LBDispatchAlg"):
+        place(config.LBDispatchAlg(), found, 4)
+    with pytest.raises(ValueError, match="alg: expected LBDispatchAlg or DPDispatchAlg"):
+        bound(config.MinHeapDispatchAlg(), found, 4)
