@@ -1,0 +1,58 @@
+"""One rank of the runtime's test; run under torchrun's environment with gloo."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from magi_attention.attention import attention
+from magi_attention.config import BalancedDispatchAlg, MinHeapDispatchAlg, RandomSelectDispatchAlg
+from magi_attention.dist.chunks import cut
+from magi_attention.dist.exchange import Exchange
+from magi_attention.dist.placement import place
+from magi_attention.dist.runtime import Work, attend
+from magi_attention.mask import Mask
+
+CASES = [
+    (Mask.varlen([0, 30, 31, 200, 401], causal=True), MinHeapDispatchAlg(), 1, 0.0),
+    (Mask.varlen([0, 90, 401], causal=True, window=(60, 0), keep_first=3), BalancedDispatchAlg(), 2, 3.0),
+    (Mask.full(300), RandomSelectDispatchAlg(), 3, 0.0),
+    (Mask([[0, 300, 50, 200, -100, 60], [250, 300, 0, 300, -400, 400]], 300, 300), MinHeapDispatchAlg(), 2, 0.0),
+]
+
+
+def main() -> None:
+    """Compare with one device; every rank for its own rows, and for the sum of gradients that all have."""
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for number, (mask, alg, degree, softcap) in enumerate(CASES):
+        torch.manual_seed(number)
+        q, k, v = (torch.randn(mask.num_rows, h, d, dtype=torch.float64) for h, d in ((4, 16), (2, 16), (2, 8)))
+        sink = torch.randn(2, 4, dtype=torch.float64) if number % 2 else None
+        dout, dlse = torch.randn(mask.num_rows, 4, 8, dtype=torch.float64), torch.randn(mask.num_rows, 4, dtype=torch.float64)
+        chunks = cut(mask.bands, mask.num_rows, mask.num_cols, 16)
+        parts = [chunks.rows[part] for part in place(alg, chunks, ranks)]
+        work = Work.of(Exchange(mask.bands, parts, parts, degree).share(rank), q.device, None)
+        rows = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in parts[rank]]))
+        whole = [x.clone().requires_grad_() for x in (q, k, v)] + ([sink.clone().requires_grad_()] if number % 2 else [])
+        out, meta = attention(*whole[:3], mask, sink=whole[3] if number % 2 else None, softcap=softcap)
+        torch.autograd.backward([out, meta.lse], [dout, torch.where(meta.lse.isinf(), 0.0, dlse)])
+        own = [x[rows].clone().requires_grad_() for x in (q, k, v)] + ([sink.clone().requires_grad_()] if number % 2 else [])
+        found, lse = attend(*own[:3], work, sink=own[3] if number % 2 else None, softcap=softcap)
+        torch.autograd.backward([found, lse], [dout[rows], torch.where(lse.isinf(), 0.0, dlse[rows])])
+        torch.testing.assert_close(found, out[rows], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(lse, meta.lse[rows], rtol=1e-9, atol=1e-9)
+        for ours, theirs in zip(own[:3], whole[:3], strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad[rows], rtol=1e-8, atol=1e-8)
+        if number % 2:
+            dist.all_reduce(own[3].grad)
+            torch.testing.assert_close(own[3].grad, whole[3].grad, rtol=1e-8, atol=1e-8)
+    dist.destroy_process_group()
+    print("done", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
