@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "kernels": {"plan"} | LANGUAGE,
     "attention": MACHINE,
     "explain": MACHINE,
-    "dist": {"config"} | MACHINE,
+    "dist": {"config", "attention"} | MACHINE,
     "testing": {"attention"} | MACHINE,
     "benchmarking": LIBRARY,
     "api": EVERYTHING,

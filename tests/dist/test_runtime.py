@@ -1,4 +1,4 @@
-"""Attention over gloo processes equals attention on one device: rows, log-sum-exp and every gradient."""
+"""Over gloo processes: attention equals that of one device, and what is dealt to ranks comes back."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.parametrize("name", ["runtime_program.py", "shard_program.py"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_equal_one_device(ranks):
+def test_over_processes(ranks, name):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(Path(__file__).with_name("runtime_program.py"))]
+    program = [sys.executable, str(Path(__file__).with_name(name))]
     processes = [
         subprocess.Popen(program, env={**common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
