@@ -132,15 +132,13 @@ def infer_attn_mask_from_cu_seqlens(
         raise ValueError(complaint("window_size", "(-1, -1) with causal", (left, right), remedy))
     cuts_q, cuts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     found: list[_Slice] = []
-    for n in range(len(cuts_q) - 1):
-        ends = *cuts_q[n : n + 2], *cuts_k[n : n + 2]
+    for q0, q1, k0, k1 in zip(cuts_q, cuts_q[1:], cuts_k, cuts_k[1:], strict=False):
         if causal or (left, right) == (-1, -1):
-            found.append((*ends, AttnMaskType.CAUSAL if causal else AttnMaskType.FULL))
-        elif global_window_size and 0 <= left < ends[3] - ends[2] - 1:
-            found += _with_first_keys(*ends, left, right, global_window_size)
+            found.append((q0, q1, k0, k1, AttnMaskType.CAUSAL if causal else AttnMaskType.FULL))
+        elif global_window_size and 0 <= left < k1 - k0 - 1:
+            found += _with_first_keys(q0, q1, k0, k1, left, right, global_window_size)
         else:
-            begin = max(ends[0], ends[1] - (ends[3] - ends[2]))
-            found += _windowed(begin, *ends[1:], left, right)
+            found += _windowed(max(q0, q1 - (k1 - k0)), q1, k0, k1, left, right)
     return *_slices(found), cuts_q[-1], cuts_k[-1]
 
 
