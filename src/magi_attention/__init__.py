@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from magi_attention.api.runtime import init_dist_attn_runtime_key, init_dist_attn_runtime_mgr
     from magi_attention.attention import accumulate, attention, attention_backward
     from magi_attention.common.forward_meta import AttnForwardMeta
     from magi_attention.explain import explain
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from magi_attention.mask import DeviceMask, Mask
 
 __version__ = "0.1.0"
+
+_MODULES = ("api", "comm", "common", "config", "env", "functional", "utils")
+"""Also found without an import of their own, as documented examples use them."""
 
 _HOMES = {
     "AttnForwardMeta": "magi_attention.common.forward_meta",
@@ -31,6 +35,8 @@ _HOMES = {
     "attention_backward": "magi_attention.attention",
     "capabilities": "magi_attention.kernels.select",
     "explain": "magi_attention.explain",
+    "init_dist_attn_runtime_key": "magi_attention.api.runtime",
+    "init_dist_attn_runtime_mgr": "magi_attention.api.runtime",
 }
 
 __all__ = [
@@ -43,10 +49,14 @@ __all__ = [
     "attention_backward",
     "capabilities",
     "explain",
+    "init_dist_attn_runtime_key",
+    "init_dist_attn_runtime_mgr",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"magi_attention.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'magi_attention' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

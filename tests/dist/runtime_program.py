@@ -41,7 +41,7 @@ def main() -> None:
         out, meta = attention(*whole[:3], mask, sink=whole[3] if number % 2 else None, softcap=softcap)
         torch.autograd.backward([out, meta.lse], [dout, torch.where(meta.lse.isinf(), 0.0, dlse)])
         own = [x[rows].clone().requires_grad_() for x in (q, k, v)] + ([sink.clone().requires_grad_()] if number % 2 else [])
-        found, lse = attend(*own[:3], work, sink=own[3] if number % 2 else None, softcap=softcap)
+        found, lse, _ = attend(*own[:3], work, sink=own[3] if number % 2 else None, softcap=softcap)
         torch.autograd.backward([found, lse], [dout[rows], torch.where(lse.isinf(), 0.0, dlse[rows])])
         torch.testing.assert_close(found, out[rows], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(lse, meta.lse[rows], rtol=1e-9, atol=1e-9)

@@ -68,14 +68,18 @@ def attend(
     sink: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_max_logits: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """out (T, H, DV) in q's dtype and lse (T, H) fp32 of a rank's own rows; every rank of the group must call it.
+
+    And, if asked for, the largest logit of each head over the rows of all ranks, (H,) fp32.
 
     Args:
         q: (T, H, D) own queries. k, v: (S, HK, D or DV) own keys and values.
         sink: (s_sink, H), equal on all ranks; its gradient is that of the own rows.
     """
-    return _Attend.apply(q, k, v, sink, work, {"softmax_scale": softmax_scale, "softcap": softcap})
+    settings = {"softmax_scale": softmax_scale, "softcap": softcap}
+    return _Attend.apply(q, k, v, sink, work, settings, return_max_logits)
 
 
 def _arriving(packed: torch.Tensor, work: Work) -> Iterator[tuple[Move, torch.Tensor]]:
@@ -111,24 +115,34 @@ def _give_back(gradient: torch.Tensor, move: Move, into: torch.Tensor, group: di
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, sink, work: Work, settings: dict) -> tuple:  # type: ignore[no-untyped-def,override]
+    def forward(  # type: ignore[no-untyped-def,override]
+        ctx: Any, q, k, v, sink, work: Work, settings: dict, return_max_logits: bool
+    ) -> tuple:
         stats = stats_dtype(q.dtype)
         out = torch.full((*q.shape[:-1], v.shape[-1]), torch.nan, dtype=stats, device=q.device)
         lse = torch.full(q.shape[:-1], -torch.inf, dtype=stats, device=q.device)
         packed = torch.cat([k, v], dim=-1)
         stages = _arriving(packed, work)
-        accumulate(out, lse, q, k, v, work.mask, sink=sink, **settings)
+        given = {**settings, "return_max_logits": return_max_logits}
+        tops = [accumulate(out, lse, q, k, v, work.mask, sink=sink, **given)]
         for move, buffer in stages:
             keys, values = buffer.split([k.shape[-1], v.shape[-1]], dim=-1)
-            accumulate(out, lse, q, keys, values, move.mask, **settings)
+            tops.append(accumulate(out, lse, q, keys, values, move.mask, **given))
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sink, result, lse)
         ctx.work, ctx.settings = work, settings
         ctx.set_materialize_grads(False)
-        return result, lse
+        if not return_max_logits:
+            return result, lse, None
+        top = torch.stack([x for x in tops if x is not None]).amax(0)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=work.group)
+        ctx.mark_non_differentiable(top)
+        return result, lse, top
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: None
+    ) -> tuple:
         q, k, v, sink, out, lse = ctx.saved_tensors
         work, settings = ctx.work, ctx.settings
         dout = torch.zeros_like(out) if dout is None else dout
@@ -145,7 +159,7 @@ class _Attend(torch.autograd.Function):
             _give_back(torch.cat(back, dim=-1), move, own, work.group)
         dk, dv = own.split(widths, dim=-1)
         dsink = None if sink is None else _gradient_of_sink(sink, out, lse, dout, dlse)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None, None, None
 
 
 def _gradient_of_sink(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.common.intervals import Intervals, total_size
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""The older name is deprecated in torch 2.13, the newer one absent before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +38,31 @@ class Shards:
         return [total_size(np.asarray(part).reshape(-1, 2)) for part in self.ranges]
 
     @cached_property
-    def _own(self) -> torch.Tensor:
-        return _positions(self.ranges[self.rank])
+    def positions(self) -> tuple[torch.Tensor, ...]:
+        """Global positions of the rows of each rank, on the host."""
+        return tuple(_positions(part) for part in self.ranges)
 
     @cached_property
-    def _order(self) -> torch.Tensor:
-        """Where each row is, once those of all ranks lie one behind the other."""
-        return torch.cat([_positions(part) for part in self.ranges]).argsort()[: self.length]
+    def _copies(self) -> dict[tuple[str, torch.device], torch.Tensor]:
+        return {}
+
+    def _on(self, device: torch.device, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``make`` gives, copied to a device once."""
+        found = self._copies.get((name, device))
+        if found is None:
+            found = self._copies[name, device] = make().to(device)
+        return found
 
     def own(self, device: torch.device) -> torch.Tensor:
         """Positions of this rank's rows, padding included: global ones, of tokens."""
-        return self._own.to(device)
+        return self._on(device, "own", lambda: self.positions[self.rank])
+
+    def _all(self, device: torch.device) -> torch.Tensor:
+        return self._on(device, "all", lambda: torch.cat(self.positions))
+
+    def _order(self, device: torch.device) -> torch.Tensor:
+        """Where each row is, once those of all ranks lie one behind the other."""
+        return self._on(device, "order", lambda: torch.cat(self.positions).argsort()[: self.length])
 
     def take(self, x: torch.Tensor, pad_value: float = 0.0) -> torch.Tensor:
         """This rank's rows of ``x``, rows of ``pad_value`` where it has none."""
@@ -62,15 +79,14 @@ class Shards:
         padded = local.new_zeros(most, *local.shape[1:])
         padded[: len(local)] = local
         whole = padded.new_empty(most * len(self.sizes), *local.shape[1:])
-        dist.all_gather_into_tensor(whole, padded, group=self.group)
+        _all_gather(whole, padded, group=self.group)
         parts = [part[:size] for part, size in zip(whole.split(most), self.sizes, strict=True)]
-        return torch.cat(parts).index_select(0, self._order.to(local.device))
+        return torch.cat(parts).index_select(0, self._order(local.device))
 
     def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of the sum of all ranks' ``x``, added in the order of ranks; zeros for padding."""
-        pieces = [_positions(part).to(x.device) for part in self.ranges]
         padded = torch.cat([x, x.new_zeros(sum(self.sizes) - len(x), *x.shape[1:])])
-        sent = torch.cat([padded.index_select(0, piece) for piece in pieces])
+        sent = padded.index_select(0, self._all(x.device))
         own = self.sizes[self.rank]
         received = x.new_empty(own * len(self.sizes), *x.shape[1:])
         dist.all_to_all_single(received, sent, [own] * len(self.sizes), self.sizes, group=self.group)

@@ -38,18 +38,40 @@ def from_ranges(
     q_ranges: object, k_ranges: object, types: object, num_rows: int | None, num_cols: int | None
 ) -> tuple[Bands, int, int]:
     """One band per slice, in order, and the two sizes (the largest end when not given)."""
+    table = slice_table(q_ranges, k_ranges, types, num_rows, num_cols)
+    sizes = [
+        int(table[:, end].max(initial=0)) if size is None else size
+        for end, size in ((1, num_rows), (3, num_cols))
+    ]
+    return bands_of(table), sizes[0], sizes[1]
+
+
+def slice_table(
+    q_ranges: object,
+    k_ranges: object,
+    types: object,
+    num_rows: int | None,
+    num_cols: int | None,
+    name_of_types: str = "attn_type_map",
+) -> NDArray[np.int64]:
+    """(n, 5) q0, q1, k0, k1 and type integer of slices, checked.
+
+    Args:
+        name_of_types: what messages call ``types``.
+    """
     q = _range_table("q_ranges", q_ranges, num_rows)
     k = _range_table("k_ranges", k_ranges, num_cols)
     if len(q) != len(k):
         raise ValueError(complaint("k_ranges length", f"{len(q)} like q_ranges", len(k)))
-    codes = _type_codes(types, len(q))
-    lo = np.where(codes & INV_CAUSAL, k[:, 0] - q[:, 0], -INF)
-    hi = np.where(codes & CAUSAL, k[:, 1] - q[:, 1], INF)
-    sizes = [
-        int(table[:, 1].max(initial=0)) if size is None else size
-        for table, size in ((q, num_rows), (k, num_cols))
-    ]
-    return np.column_stack([q, k, lo, hi]), sizes[0], sizes[1]
+    return np.column_stack([q, k, _type_codes(types, len(q), name_of_types)])
+
+
+def bands_of(slices: NDArray[np.int64]) -> Bands:
+    """One band per line of ``slice_table``."""
+    q0, q1, k0, k1, codes = slices.T
+    lo = np.where(codes & INV_CAUSAL, k0 - q0, -INF)
+    hi = np.where(codes & CAUSAL, k1 - q1, INF)
+    return np.column_stack([q0, q1, k0, k1, lo, hi])
 
 
 def _range_table(name: str, ranges: object, size: int | None) -> NDArray[np.int64]:
@@ -75,7 +97,7 @@ def _range_table(name: str, ranges: object, size: int | None) -> NDArray[np.int6
     return table
 
 
-def _type_codes(types: object, count: int) -> NDArray[np.int64]:
+def _type_codes(types: object, count: int, name: str) -> NDArray[np.int64]:
     """(count,) type integers from integers, names, enum members, one of them for all, or None for full."""
     if types is None:
         return np.zeros(count, dtype=np.int64)
@@ -87,7 +109,7 @@ def _type_codes(types: object, count: int) -> NDArray[np.int64]:
     listed: Any = [types] * count if single else types
     if len(listed) != count:
         remedy = "Give one type per slice, or a single one for all."
-        raise ValueError(complaint("attn_type_map length", f"{count} like q_ranges", len(listed), remedy))
+        raise ValueError(complaint(f"{name} length", f"{count} like q_ranges", len(listed), remedy))
     if isinstance(listed, np.ndarray) and listed.dtype.kind in "iu":
         codes = listed.astype(np.int64).reshape(-1)
         bad = (codes < FULL) | (codes > BI_CAUSAL)

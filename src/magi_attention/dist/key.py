@@ -1,0 +1,152 @@
+"""``DistAttnRuntimeKey``: all that a plan of context parallelism is a function of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.distributed.device_mesh import DeviceMesh
+
+from magi_attention.common import AttnMaskType, AttnRanges
+from magi_attention.config import DistAttnConfig
+from magi_attention.dist.group import ranks_of
+
+MIN_CHUNKS = 8
+"""Chunks of a rank, at least, where the size of a chunk is left to the library and there are enough tokens."""
+TILE = 128
+"""Rows that kernels compute together: what longer chunks are multiples of."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DistAttnRuntimeKey:
+    """A mask over tokens that are dealt to the ranks of a group: an immutable, hashable value.
+
+    Made by ``magi_attn_flex_key`` and its relatives, with the plan that it stands for. Keys of equal arguments are equal.
+
+    Attributes:
+        slices: (n, 5) int64, read-only: query start and end, key start and end, type integer.
+        total_seqlen_q, total_seqlen_k: tokens of the queries and keys, padding included.
+        pad_size, pad_size_k: tokens of padding behind the queries and behind the keys.
+        chunk_size: tokens of a chunk.
+        cp_group, cp_mesh: the ranks. cp_mesh is None where a group was given. cp_ranks: their global numbers.
+        dist_attn_config: placement and overlap.
+        num_heads_q, num_heads_kv, head_dim: what ``calc_attn`` expects, None where it was not said.
+        is_same_source, is_q_permutable, is_k_permutable: as in ``magi_attn_flex_key``.
+        placed_like, k_placed_like: keys whose placement of queries, and of keys, this one shares; None for its own.
+    """
+
+    slices: NDArray[np.int64]
+    total_seqlen_q: int
+    total_seqlen_k: int
+    pad_size: int
+    pad_size_k: int
+    chunk_size: int
+    cp_group: dist.ProcessGroup
+    dist_attn_config: DistAttnConfig
+    num_heads_q: int | None = None
+    num_heads_kv: int | None = None
+    head_dim: int | None = None
+    is_same_source: bool = True
+    is_q_permutable: bool = True
+    is_k_permutable: bool = True
+    placed_like: DistAttnRuntimeKey | None = None
+    k_placed_like: DistAttnRuntimeKey | None = None
+    cp_mesh: DeviceMesh | None = None
+    cp_ranks: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cp_ranks", ranks_of(self.cp_group))
+        slices = np.array(self.slices, dtype=np.int64).reshape(-1, 5)
+        slices.setflags(write=False)
+        object.__setattr__(self, "slices", slices)
+
+    @cached_property
+    def q_ranges(self) -> AttnRanges:
+        """Query ranges of the slices, not editable."""
+        return _frozen(self.slices[:, :2])
+
+    @cached_property
+    def k_ranges(self) -> AttnRanges:
+        """Key ranges of the slices, not editable."""
+        return _frozen(self.slices[:, 2:4])
+
+    @cached_property
+    def attn_mask_type(self) -> tuple[AttnMaskType, ...]:
+        """Types of the slices."""
+        return tuple(map(AttnMaskType.from_int_type, self.slices[:, 4].tolist()))
+
+    @property
+    def uneven_shard(self) -> bool:
+        """Whether ranks may hold different numbers of tokens."""
+        return self.dist_attn_config.dispatch_config.uneven_shard
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks of the group."""
+        return len(self.cp_ranks)
+
+    @cached_property
+    def digest(self) -> str:
+        """128 bits of the slices."""
+        return hashlib.blake2b(self.slices.tobytes(), digest_size=16).hexdigest()
+
+    def described(self) -> dict[str, Any]:
+        """What must be equal on all ranks, by name: numbers and text."""
+        own = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("slices", "cp_group", "cp_mesh", "placed_like", "k_placed_like")
+        }
+        own["dist_attn_config"] = repr(self.dist_attn_config)
+        for name in ("placed_like", "k_placed_like"):
+            like: DistAttnRuntimeKey | None = getattr(self, name)
+            own[name] = None if like is None else sorted(like.described().items())
+        return own | {"slices": self.digest}
+
+    @cached_property
+    def _identity(self) -> tuple[Hashable, ...]:
+        others = [getattr(self, f.name) for f in fields(self) if f.name not in ("slices", "cp_mesh")]
+        return len(self.slices), self.digest, *others
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DistAttnRuntimeKey):
+            return NotImplemented
+        return self is other or self._identity == other._identity
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._identity)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        sizes = f"{self.total_seqlen_q} x {self.total_seqlen_k} tokens (padding {self.pad_size})"
+        return f"DistAttnRuntimeKey({len(self.slices)} slices, {sizes}, {self.cp_size} ranks, {self.digest[:8]})"
+
+
+def _frozen(table: NDArray[np.int64]) -> AttnRanges:
+    ranges = AttnRanges.from_ranges(table.tolist())
+    hash(ranges)  # from now on nobody can edit it
+    return ranges
+
+
+def automatic_chunk_size(length: int, num_ranks: int) -> int:
+    """Tokens of a chunk: at least ``MIN_CHUNKS`` chunks a rank, whole tiles where that many have one, little padding."""
+    if num_ranks == 1:
+        return length
+    tiles = -(-length // (num_ranks * TILE))
+    if tiles < MIN_CHUNKS:
+        return max(-(-length // (MIN_CHUNKS * num_ranks)), 1)
+    return TILE * -(-tiles // (2 * MIN_CHUNKS))
+
+
+def padding(length: int, num_ranks: int, chunk_size: int, asked: int, uneven: bool) -> int:
+    """Tokens to add to ``length``: what was asked for, and where shards are even as many more as make them so."""
+    return asked if uneven else asked + -(length + asked) % (num_ranks * chunk_size)

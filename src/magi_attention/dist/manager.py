@@ -1,0 +1,198 @@
+"""What stands behind a key: placement, plan and their copies on devices; remembered per process group."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from magi_attention import env
+from magi_attention.common.intervals import Intervals
+from magi_attention.config import SequentialDispatchAlg
+from magi_attention.dist.chunks import cut, cuts_of
+from magi_attention.dist.exchange import Exchange, Share
+from magi_attention.dist.group import ranks_of
+from magi_attention.dist.key import DistAttnRuntimeKey
+from magi_attention.dist.placement import place
+from magi_attention.dist.runtime import Work
+from magi_attention.dist.shard import Shards
+from magi_attention.errors import complaint
+from magi_attention.mask.bands import Bands
+from magi_attention.mask.slices import bands_of
+
+
+class DistAttnRuntimeMgr:
+    """Where the tokens of a key lie, and what this rank computes and receives.
+
+    Attributes:
+        key: whose. q_shards, k_shards: which queries and which keys each rank holds.
+    """
+
+    def __init__(self, key: DistAttnRuntimeKey, q_shards: Shards | None, k_shards: Shards | None) -> None:
+        self.key = key
+        self.q_shards = self._queries() if q_shards is None else q_shards
+        if k_shards is None:
+            k_shards = self.q_shards if key.is_same_source else self._keys()
+        self.k_shards = k_shards
+        self._works: dict[torch.device, Work] = {}
+        self.share  # noqa: B018  planned when the key is made, not in the first call
+
+    @cached_property
+    def _bands(self) -> Bands:
+        return bands_of(self.key.slices)
+
+    def _queries(self) -> Shards:
+        key, length = self.key, self.key.total_seqlen_q
+        if key.cp_size == 1:
+            return self._shards([np.array([[0, length]])], length - key.pad_size)
+        chunks = cut(self._bands, length, key.total_seqlen_k, key.chunk_size)
+        alg = key.dist_attn_config.dispatch_config.alg if key.is_q_permutable else SequentialDispatchAlg()
+        return self._shards(
+            [chunks.rows[part] for part in place(alg, chunks, key.cp_size)], length - key.pad_size
+        )
+
+    def _keys(self) -> Shards:
+        """Keys of another source, as they come: each rank one piece."""
+        length, num_ranks = self.key.total_seqlen_k, self.key.cp_size
+        pieces = cuts_of(length, max(-(-length // num_ranks), 1))
+        return self._shards([pieces[n : n + 1] for n in range(num_ranks)], length - self.key.pad_size_k)
+
+    def _shards(self, ranges: list[Intervals], length: int) -> Shards:
+        return Shards(length, ranges, dist.get_rank(self.key.cp_group), self.key.cp_group)
+
+    @cached_property
+    def share(self) -> Share:
+        """What this rank computes and receives."""
+        config = self.key.dist_attn_config.overlap_config
+        degree = config.dynamic_max_degree if config.degree is None else max(config.degree, 1)
+        exchange = Exchange(
+            self._bands, self.q_shards.ranges, self.k_shards.ranges, degree or config.max_num_chunks
+        )
+        return exchange.share(self.q_shards.rank)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """128 bits of the placement: equal on all ranks that can work together."""
+        found = hashlib.blake2b(digest_size=16)
+        for ranges in (*self.q_shards.ranges, *self.k_shards.ranges):
+            found.update(np.ascontiguousarray(ranges, dtype=np.int64).tobytes() + b";")
+        return found.hexdigest()
+
+    def work(self, device: torch.device) -> Work:
+        """The share on ``device``; copied there once."""
+        found = self._works.get(device)
+        if found is None:
+            found = self._works[device] = Work.of(self.share, device, self.key.cp_group)
+        return found
+
+
+class DistAttnRuntimeDictManager:
+    """Managers by key, for each process group those used last.
+
+    Args:
+        max_size_per_group: how many; None is what ``MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE`` says, 1000 if nothing.
+    """
+
+    def __init__(self, max_size_per_group: int | None = None) -> None:
+        self.max_size_per_group = max_size_per_group
+        self._groups: dict[tuple[int, ...], OrderedDict[DistAttnRuntimeKey, DistAttnRuntimeMgr]] = {}
+        self._recent: OrderedDict[DistAttnRuntimeKey, None] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def get(self, key: DistAttnRuntimeKey) -> DistAttnRuntimeMgr | None:
+        """The manager, now the one used last; None if there is none."""
+        with self._lock:
+            group = self._groups.get(key.cp_ranks)
+            if group is None or key not in group:
+                return None
+            group.move_to_end(key)
+            return group[key]
+
+    def __contains__(self, key: DistAttnRuntimeKey) -> bool:
+        with self._lock:
+            return key in self._groups.get(key.cp_ranks, {})
+
+    def __getitem__(self, key: DistAttnRuntimeKey) -> DistAttnRuntimeMgr:
+        """``get``, and ValueError that says what to do if there is none."""
+        found = self.get(key)
+        if found is None:
+            remedy = (
+                "It was cleared, evicted or comes from elsewhere. Make it again by magi_attn_flex_key or "
+                "magi_attn_varlen_key, or raise MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE."
+            )
+            raise ValueError(complaint("key", "a key whose plan is remembered", key, remedy))
+        return found
+
+    def __setitem__(self, key: DistAttnRuntimeKey, manager: DistAttnRuntimeMgr) -> None:
+        most = self.max_size_per_group
+        most = env.dist_attn_runtime_dict_size() if most is None else most
+        with self._lock:
+            group = self._groups.setdefault(key.cp_ranks, OrderedDict())
+            group[key] = manager
+            group.move_to_end(key)
+            self.note(key)
+            while len(group) > max(most, 0):
+                self._recent.pop(group.popitem(last=False)[0], None)
+
+    def note(self, key: DistAttnRuntimeKey) -> None:
+        """``key`` is the one made last."""
+        with self._lock:
+            self._recent[key] = None
+            self._recent.move_to_end(key)
+
+    def keys(self, cp_group: dist.ProcessGroup | None = None) -> list[DistAttnRuntimeKey]:
+        """Keys of a group, or of all, those used last at the end."""
+        with self._lock:
+            wanted = self._groups if cp_group is None else [ranks_of(cp_group)]
+            return [key for ranks in wanted for key in self._groups.get(ranks, {})]
+
+    def get_most_recent_key(self, cp_group: dist.ProcessGroup | None = None) -> DistAttnRuntimeKey:
+        """The key made last, of a group or of all.
+
+        Raises:
+            ValueError: there is none.
+        """
+        with self._lock:
+            for key in reversed(self._recent):
+                if cp_group is None or key.cp_ranks == ranks_of(cp_group):
+                    return key
+        raise ValueError(complaint("keys", "at least one", "none", "Make one by magi_attn_flex_key."))
+
+    def clear(self, cp_group: dist.ProcessGroup | None = None) -> None:
+        """Forget the keys of a group, or of all."""
+        with self._lock:
+            for key in self.keys(cp_group):
+                self._recent.pop(key, None)
+            if cp_group is None:
+                self._groups.clear()
+            else:
+                self._groups.pop(ranks_of(cp_group), None)
+
+
+dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager()
+"""The one that all functions of ``magi_attention.api`` use."""
+
+
+def manager_of(
+    key: DistAttnRuntimeKey, q_shards: Shards | None = None, k_shards: Shards | None = None
+) -> DistAttnRuntimeMgr:
+    """The manager of a key that was just made: remembered, or planned now, without collectives.
+
+    Args:
+        q_shards, k_shards: where queries and keys lie already; None deals them.
+
+    Raises:
+        ValueError: no placement is possible.
+    """
+    found = dist_attn_runtime_dict_mgr.get(key)
+    if found is None:
+        found = DistAttnRuntimeMgr(key, q_shards, k_shards)
+        dist_attn_runtime_dict_mgr[key] = found
+    else:
+        dist_attn_runtime_dict_mgr.note(key)
+    return found
