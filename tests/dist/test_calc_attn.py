@@ -1,0 +1,12 @@
+"""dispatch, calc_attn and undispatch over gloo processes: every mask, placement and overlap equals one device in fp64."""
+
+from __future__ import annotations
+
+import pytest
+from launch import run
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_equals_one_device(ranks):
+    op = {"MAGI_ATTENTION_DSINK_ALL_REDUCE_OP": "sum"} if ranks % 2 else {}
+    run("attention_program.py", ranks, **op)
