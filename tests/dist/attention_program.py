@@ -132,7 +132,7 @@ def results(out: torch.Tensor, lse: torch.Tensor, leaves: dict[str, torch.Tensor
 
 def by_formula(case: Case, given: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """The definition, at ``dtype`` or at the precision of the input."""
-    leaves = {n: given[n].to(dtype or given[n].dtype).requires_grad_() for n in ("q", "k", "v", "sink") if n in given}
+    leaves = {n: given[n].detach().to(dtype or given[n].dtype, copy=True).requires_grad_() for n in ("q", "k", "v", "sink") if n in given}
     settings = {name: value for name, value in case.attn.items() if name != "return_max_logits"}
     out, lse, top = dense_attention(
         leaves["q"], leaves["k"], leaves["v"], case.mask.table, leaves.get("sink"), dtype=dtype, **settings
@@ -156,7 +156,7 @@ def on_all_ranks(case: Case, given: dict[str, torch.Tensor], group: dist.Process
         num_heads_kv=case.heads[1],
         **case.key,
     )
-    leaves = {name: given[name].clone().requires_grad_() for name in ("q", "k", "v", "sink") if name in given}
+    leaves = {name: given[name].detach().clone().requires_grad_() for name in ("q", "k", "v", "sink") if name in given}
     local = [
         dispatch(leaves[name], key, pad_value=torch.nan, role=role)
         for name, role in (("q", "query"), ("k", "key"), ("v", "value"))

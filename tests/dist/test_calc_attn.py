@@ -1,4 +1,4 @@
-"""dispatch, calc_attn and undispatch over gloo processes: every mask, placement and overlap equals one device in fp64."""
+"""Context parallelism over gloo processes: what the documented functions give equals one device."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ from launch import run
 def test_equals_one_device(ranks):
     op = {"MAGI_ATTENTION_DSINK_ALL_REDUCE_OP": "sum"} if ranks % 2 else {}
     run("attention_program.py", ranks, **op)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_functions_around_it(ranks):
+    run("interface_program.py", ranks)

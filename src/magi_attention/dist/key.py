@@ -97,17 +97,20 @@ class DistAttnRuntimeKey:
         return hashlib.blake2b(self.slices.tobytes(), digest_size=16).hexdigest()
 
     def described(self) -> dict[str, Any]:
-        """What must be equal on all ranks, by name: numbers and text."""
-        own = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("slices", "cp_group", "cp_mesh", "placed_like", "k_placed_like")
+        """What must be equal on all ranks, by name and causes first: numbers and text. Lengths are without padding."""
+        first = {
+            "total_seqlen_q": self.total_seqlen_q - self.pad_size,
+            "total_seqlen_k": self.total_seqlen_k - self.pad_size_k,
+            "dist_attn_config": repr(self.dist_attn_config),
+            "chunk_size": self.chunk_size,
         }
-        own["dist_attn_config"] = repr(self.dist_attn_config)
-        for name in ("placed_like", "k_placed_like"):
-            like: DistAttnRuntimeKey | None = getattr(self, name)
-            own[name] = None if like is None else sorted(like.described().items())
-        return own | {"slices": self.digest}
+        left = ("slices", "cp_group", "cp_mesh", "placed_like", "k_placed_like", *first)
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left}
+        likes = {
+            name: None if like is None else sorted(like.described().items())
+            for name, like in (("placed_like", self.placed_like), ("k_placed_like", self.k_placed_like))
+        }
+        return first | others | likes | {"slices": self.digest}
 
     @cached_property
     def _identity(self) -> tuple[Hashable, ...]:
