@@ -117,10 +117,11 @@ def key_of(
             _check_positive(name, getattr(slices, name))
         sources.check(slices.total_seqlen_q, slices.total_seqlen_k)
         num_ranks, uneven = dist.get_world_size(group), chosen.dispatch_config.uneven_shard
-        size = _chunk_size(chunk_size, chosen, slices.total_seqlen_q, num_ranks)
         if pad_size is not None:
             check_count("pad_size", pad_size)
-        pad = padding(slices.total_seqlen_q, num_ranks, size, pad_size or 0, uneven)
+        asked = pad_size or 0
+        size = _chunk_size(chunk_size, chosen, slices.total_seqlen_q + asked, num_ranks)
+        pad = padding(slices.total_seqlen_q, num_ranks, size, asked, uneven)
         k_pad = pad if sources.is_same_source else padding(slices.total_seqlen_k, num_ranks, 1, 0, uneven)
         key = DistAttnRuntimeKey(
             slices.table(slices.total_seqlen_q, slices.total_seqlen_k),

@@ -322,7 +322,7 @@ def dispatch(
     if x.dim() == 0 or len(x) != shards.length:
         raise ValueError(complaint("x shape", f"({shards.length}, ...)", tuple(x.shape), remedy))
     check_type("pad_value", pad_value, (int, float))
-    if not (x.is_floating_point() or x.is_complex()) and int(pad_value) != pad_value:
+    if not (x.is_floating_point() or x.is_complex()) and not float(pad_value).is_integer():
         raise ValueError(complaint("pad_value", f"an integer for {x.dtype}", pad_value))
     return shard.dispatch(x, shards, pad_value)
 
@@ -426,7 +426,7 @@ def get_position_ids(
 
 
 def get_most_recent_key(cp_group: GroupOrMesh = None) -> DistAttnRuntimeKey:
-    """The key made last: of a group, or of all when None. Better pass keys along.
+    """The key made last, by the ranks of ``cp_group`` or, when None, by any. Better pass keys along.
 
     Raises:
         ValueError: none was made, or all were forgotten.
@@ -435,7 +435,7 @@ def get_most_recent_key(cp_group: GroupOrMesh = None) -> DistAttnRuntimeKey:
 
 
 def clear_cache(cp_group: GroupOrMesh = None) -> None:
-    """Forget the plans of a group, or of all when None. Their keys must be made again."""
+    """Forget the plans of ``cp_group``, or all when None. Their keys must be made again."""
     dist_attn_runtime_dict_mgr.clear(_group(cp_group))
 
 
