@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def test_a_key_is_a_value(group):
     assert (key.total_seqlen_q, key.total_seqlen_k, key.pad_size, key.chunk_size) == (40, 40, 0, 40)
     assert key.cp_group is group and key.cp_mesh is None and key.cp_size == 1 and not key.uneven_shard
     assert key.dist_attn_config == DistAttnConfig() and "2 slices" in repr(key)
+    assert copy.deepcopy([key])[0] is key
     with pytest.raises(TypeError, match="editable"):
         key.q_ranges.append(AttnRange(0, 1))
     with pytest.raises(ValueError, match="read-only"):
@@ -149,6 +151,25 @@ def test_managers_under_names_of_their_own(group):
     key = magi_attention.init_dist_attn_runtime_key(RANGES, RANGES, "full", LENGTH, LENGTH, 0, 8, group)
     manager = magi_attention.init_dist_attn_runtime_mgr(RANGES, RANGES, "full", LENGTH, LENGTH, 0, 8, group)
     assert manager.key == key and manager is api.dist_attn_runtime_dict_mgr[key]
+
+
+def test_a_compiled_model(group):
+    key = key_of(group, attn_mask_type="full")
+    layer = torch.nn.Linear(16, 16)
+
+    def model(x):
+        q = layer(api.dispatch(x, key)).view(-1, 2, 8)
+        q = q + api.get_position_ids(key)[:, None, None] / LENGTH
+        out, meta = api.calc_attn(q, api.roll(q, 1, 0, key), q, key)
+        return api.undispatch(out * meta.lse[..., None], key)
+
+    results = []
+    for function in (model, torch.compile(model, backend="eager")):
+        x = torch.randn(LENGTH, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = function(x)
+        out.square().sum().backward()
+        results.append((out.detach(), x.grad))
+    torch.testing.assert_close(*results)
 
 
 BAD_KEYS = [

@@ -86,6 +86,7 @@ def cases(ranks: int) -> dict[str, Case]:
         if mask.num_rows >= 4 * ranks:
             uneven = replace(case, uneven=True, overlap=OVERLAPS[(n + 2) % len(OVERLAPS)], sink=(n + 1) % 3)
             found[f"{name}, uneven"] = replace(uneven, key={"chunk_size": 4})
+    found["fewer tokens than ranks, uneven"] = Case(Mask.causal(3), uneven=True, sink=1)
     documents = MASKS["documents"]
     for alg in ALGORITHMS:
         found[f"documents, {type(alg).__name__}"] = Case(documents, alg, OVERLAPS[2], key={"chunk_size": 7})
@@ -191,9 +192,10 @@ def compare(case: Case, ours: dict[str, torch.Tensor], given: dict[str, torch.Te
 
 
 def main() -> None:
-    """All cases in one process group."""
+    """All cases in one process group, or with an argument n every n-th one."""
     rank, _, ranks, *_, group, _, _ = setup_dist_env()
-    for number, (name, case) in enumerate(cases(ranks).items()):
+    every = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    for number, (name, case) in enumerate(list(cases(ranks).items())[::every]):
         given = inputs(case, number)
         try:
             compare(case, on_all_ranks(case, given, group), given)

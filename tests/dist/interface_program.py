@@ -139,6 +139,10 @@ def check_several_masks(group):
     for key in (window, full):
         assert torch.equal(dispatch(x, key, 3.0), dispatch(x, first, 3.0))
         assert torch.equal(get_position_ids(key), get_position_ids(first)) and key.pad_size == first.pad_size
+    with torch.inference_mode():  # what is kept for later calls is of use in training, too
+        for key in (first, window):
+            local = roll(dispatch(normal(LENGTH, 1, 8), key), 1, 0, key)
+            undispatch(calc_attn(local, local, local, key)[0], key)
     attend(first, Mask.causal(LENGTH))
     attend(window, Mask.varlen([0, 30, LENGTH], window=(9, 0)))
     attend(full, Mask.full(LENGTH))

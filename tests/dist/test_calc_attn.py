@@ -12,6 +12,10 @@ def test_equals_one_device(ranks):
     run("attention_program.py", ranks, **op)
 
 
+def test_some_cases_on_many_ranks():
+    run("attention_program.py", 8, "5")
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_functions_around_it(ranks):
     run("interface_program.py", ranks)

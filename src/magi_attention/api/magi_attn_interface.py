@@ -411,14 +411,14 @@ def get_position_ids(
 
     Args:
         key, role: as in ``dispatch``.
-        device: the current CUDA device for groups that use NCCL, else the CPU, when None.
+        device: when None the CPU for groups that use gloo, else the current CUDA device.
 
     Raises:
         ValueError: a key whose plan is not remembered.
     """
     shards = _shards(key, role)
     if device is None:
-        device = "cuda" if "nccl" in dist.get_backend(key.cp_group) else "cpu"
+        device = "cpu" if dist.get_backend(key.cp_group) == "gloo" else "cuda"
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())

@@ -129,6 +129,10 @@ class DistAttnRuntimeKey:
     def __hash__(self) -> int:
         return self._hash
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistAttnRuntimeKey:
+        """Itself: a model that holds a key can be copied, a process group cannot."""
+        return self
+
     def __repr__(self) -> str:
         sizes = f"{self.total_seqlen_q} x {self.total_seqlen_k} tokens (padding {self.pad_size})"
         return f"DistAttnRuntimeKey({len(self.slices)} slices, {sizes}, {self.cp_size} ranks, {self.digest[:8]})"

@@ -31,6 +31,7 @@ class DistAttnRuntimeMgr:
 
     Attributes:
         key: whose. q_shards, k_shards: which queries and which keys each rank holds.
+        share: what this rank computes and receives.
     """
 
     def __init__(self, key: DistAttnRuntimeKey, q_shards: Shards | None, k_shards: Shards | None) -> None:
@@ -40,7 +41,7 @@ class DistAttnRuntimeMgr:
             k_shards = self.q_shards if key.is_same_source else self._keys()
         self.k_shards = k_shards
         self._works: dict[torch.device, Work] = {}
-        self.share  # noqa: B018  planned when the key is made, not in the first call
+        self.share = self._planned()
 
     @cached_property
     def _bands(self) -> Bands:
@@ -51,10 +52,12 @@ class DistAttnRuntimeMgr:
         if key.cp_size == 1:
             return self._shards([np.array([[0, length]])], length - key.pad_size)
         chunks = cut(self._bands, length, key.total_seqlen_k, key.chunk_size)
-        alg = key.dist_attn_config.dispatch_config.alg if key.is_q_permutable else SequentialDispatchAlg()
-        return self._shards(
-            [chunks.rows[part] for part in place(alg, chunks, key.cp_size)], length - key.pad_size
-        )
+        config = key.dist_attn_config.dispatch_config
+        if config.uneven_shard and length < key.cp_size:  # the last ranks have nothing
+            return self._shards([chunks.rows[n : n + 1] for n in range(key.cp_size)], length)
+        alg = config.alg if key.is_q_permutable else SequentialDispatchAlg()
+        parts = place(alg, chunks, key.cp_size)
+        return self._shards([chunks.rows[part] for part in parts], length - key.pad_size)
 
     def _keys(self) -> Shards:
         """Keys of another source, as they come: each rank one piece."""
@@ -65,9 +68,7 @@ class DistAttnRuntimeMgr:
     def _shards(self, ranges: list[Intervals], length: int) -> Shards:
         return Shards(length, ranges, dist.get_rank(self.key.cp_group), self.key.cp_group)
 
-    @cached_property
-    def share(self) -> Share:
-        """What this rank computes and receives."""
+    def _planned(self) -> Share:
         config = self.key.dist_attn_config.overlap_config
         degree = config.dynamic_max_degree if config.degree is None else max(config.degree, 1)
         exchange = Exchange(
