@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -109,6 +110,28 @@ def cases(ranks: int) -> dict[str, Case]:
     return found
 
 
+def drawn(seed: int) -> Case:
+    """Anything: slices that overlap and are empty, of one or two sources, any placement."""
+    draw = np.random.default_rng(seed)
+    rows, same_source = int(draw.integers(1, 150)), bool(draw.integers(2))
+    cols = rows if same_source else int(draw.integers(1, 150))
+    parts = [
+        (*(sorted(draw.integers(0, size + 1, 2).tolist()) for size in (rows, cols)), int(draw.integers(4)))
+        for _ in range(draw.integers(1, 7))
+    ]
+    sources = {"is_same_source": same_source}
+    if not same_source:
+        sources["is_q_permutable"] = bool(draw.integers(2))
+    return Case(
+        slices(*parts, size=(rows, cols)),
+        ALGORITHMS[draw.integers(len(ALGORITHMS))],
+        OVERLAPS[draw.integers(len(OVERLAPS))],
+        sink=int(draw.integers(3)),
+        key=sources | {"pad_size": int(draw.integers(5))} | ({"chunk_size": int(draw.integers(1, 20))} if draw.integers(2) else {}),
+        heads=((1, 1), (4, 2), (3, 3))[draw.integers(3)],
+    )
+
+
 def inputs(case: Case, seed: int) -> dict[str, torch.Tensor]:
     """q, k, v, perhaps a sink, and the gradients of out and lse, the same on every rank."""
     draw = torch.Generator().manual_seed(seed)
@@ -192,10 +215,11 @@ def compare(case: Case, ours: dict[str, torch.Tensor], given: dict[str, torch.Te
 
 
 def main() -> None:
-    """All cases in one process group, or with an argument n every n-th one."""
+    """All cases in one process group; or, with arguments, every n-th one and those drawn by some seeds."""
     rank, _, ranks, *_, group, _, _ = setup_dist_env()
-    every = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    for number, (name, case) in enumerate(list(cases(ranks).items())[::every]):
+    every, first, last = (int(x) for x in sys.argv[1:]) if len(sys.argv) > 1 else (1, 0, 12)
+    chosen = list(cases(ranks).items())[::every] + [(f"drawn {seed}", drawn(seed)) for seed in range(first, last)]
+    for number, (name, case) in enumerate(chosen):
         given = inputs(case, number)
         try:
             compare(case, on_all_ranks(case, given, group), given)

@@ -13,7 +13,7 @@ def test_equals_one_device(ranks):
 
 
 def test_some_cases_on_many_ranks():
-    run("attention_program.py", 8, "5")
+    run("attention_program.py", 8, "5", "0", "4")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

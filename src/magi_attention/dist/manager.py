@@ -54,7 +54,7 @@ class DistAttnRuntimeMgr:
         chunks = cut(self._bands, length, key.total_seqlen_k, key.chunk_size)
         config = key.dist_attn_config.dispatch_config
         if config.uneven_shard and length < key.cp_size:  # the last ranks have nothing
-            return self._shards([chunks.rows[n : n + 1] for n in range(key.cp_size)], length)
+            return self._shards([chunks.rows[n : n + 1] for n in range(key.cp_size)], length - key.pad_size)
         alg = config.alg if key.is_q_permutable else SequentialDispatchAlg()
         parts = place(alg, chunks, key.cp_size)
         return self._shards([chunks.rows[part] for part in parts], length - key.pad_size)
