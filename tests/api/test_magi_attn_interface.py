@@ -232,7 +232,7 @@ def test_boundaries_that_are_refused(group):
         ),
         ({"cu_seqlens_q": cuts.flip(0)}, "cu_seqlens_q: expected boundaries"),
         ({"cu_seqlens_q": cuts.float()}, "cu_seqlens_q dtype"),
-        ({"cu_seqlens_k": cuts[:2]}, "cu_seqlens_k shape"),
+        ({"cu_seqlens_k": cuts[:2]}, "cu_seqlens_k: expected 3 boundaries like cu_seqlens_q, got 2"),
         ({"cu_seqlens_k": torch.tensor([0, 16, 41])}, "total_seqlen_k: expected total_seqlen_q 40"),
         ({"causal": 1}, "causal: expected bool"),
         ({"causal": True, "window_size": (4, 4)}, r"window_size: expected \(-1, -1\) with causal"),

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from magi_attention import env
 from magi_attention.api.functools import infer_attn_mask_from_cu_seqlens
+from magi_attention.common import AttnMaskType
 from magi_attention.config import DistAttnConfig
 from magi_attention.dist.agreement import agreed
 from magi_attention.dist.group import group_of
 from magi_attention.dist.key import DistAttnRuntimeKey, automatic_chunk_size, padding
 from magi_attention.dist.manager import DistAttnRuntimeMgr, dist_attn_runtime_dict_mgr, manager_of
-from magi_attention.errors import check_count, check_type, complaint
+from magi_attention.errors import check_count, check_tensor, check_type, complaint
 from magi_attention.mask.slices import slice_table
 
 P = ParamSpec("P")
@@ -204,14 +207,26 @@ def packed_slices(
 ) -> Slices:
     """Packed sequences as slices."""
     check_type("causal", causal, bool)
-    for name, cuts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_type(name, cuts, torch.Tensor)
-        assert cuts is not None
-        if cuts.dim() == 1 and (len(cuts) == 0 or cuts[0] != 0 or bool((cuts.diff() < 0).any())):
-            got = cuts.tolist() if len(cuts) < 10 else f"{len(cuts)} values"
-            raise ValueError(complaint(name, "boundaries from 0 that never decrease", got))
+    tables = _segments("cu_seqlens_q", cu_seqlens_q), _segments("cu_seqlens_k", cu_seqlens_k)
+    if len(tables[0]) != len(tables[1]):
+        expected = f"{len(tables[0]) + 1} boundaries like cu_seqlens_q"
+        raise ValueError(complaint("cu_seqlens_k", expected, len(tables[1]) + 1))
+    if window_size in ((-1, -1), [-1, -1]):
+        kind = AttnMaskType.CAUSAL if causal else AttnMaskType.FULL
+        return Slices(*tables, kind, *(int(table[:, 1].max(initial=0)) for table in tables))
     assert cu_seqlens_q is not None and cu_seqlens_k is not None
     return Slices(*infer_attn_mask_from_cu_seqlens(cu_seqlens_q, cu_seqlens_k, causal, window_size))
+
+
+def _segments(name: str, cuts: torch.Tensor | None) -> NDArray[np.int64]:
+    """(n, 2) begins and ends between n + 1 boundaries."""
+    check_tensor(name, cuts, shape=("n + 1",), dtypes=(torch.int32, torch.int64))
+    assert cuts is not None
+    found = cuts.detach().cpu().numpy().astype(np.int64)
+    if len(found) == 0 or found[0] != 0 or (np.diff(found) < 0).any():
+        got = found.tolist() if len(found) < 10 else f"{len(found)} values"
+        raise ValueError(complaint(name, "boundaries from 0 that never decrease", got))
+    return np.stack([found[:-1], found[1:]], axis=1)
 
 
 def accept_singular(function: Callable[P, R]) -> Callable[P, R]:

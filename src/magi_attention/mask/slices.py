@@ -105,8 +105,9 @@ def _type_codes(types: object, count: int, name: str) -> NDArray[np.int64]:
         types = types.cpu().numpy()
     if isinstance(types, np.ndarray):
         types = types[()]
-    single = isinstance(types, str) or np.ndim(types) == 0  # type: ignore[arg-type]
-    listed: Any = [types] * count if single else types
+    if isinstance(types, str) or np.ndim(types) == 0:  # type: ignore[arg-type]
+        return np.full(count, _type_code(0, types), dtype=np.int64)
+    listed: Any = types
     if len(listed) != count:
         remedy = "Give one type per slice, or a single one for all."
         raise ValueError(complaint(f"{name} length", f"{count} like q_ranges", len(listed), remedy))
