@@ -1,23 +1,25 @@
 """Attention of tokens that are dealt to ranks: own keys first, those of others as they come, gradients back the same way.
 
-Keys and values travel in one tensor, side by side. While a stage is computed the next one is on its way. Partial results
-are merged in fp32 in the order of stages; gradients of keys are summed in fp32 on their owner, rank after rank: the same
-bits every time.
+Keys and values travel in one tensor, side by side. While a stage is computed the next one is on its way, and so are the
+gradients of the one before. Partial results are merged in fp32 in the order of stages; gradients of keys are summed in
+fp32 on their owner, stage after stage and rank after rank: the same bits every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from magi_attention.attention import accumulate, attention_backward
+from magi_attention.attention import accumulate, attention, attention_backward
 from magi_attention.dist.exchange import Share, Stage
 from magi_attention.kernels.problem import stats_dtype
 from magi_attention.mask import Mask
+from magi_attention.mask.bands import shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,40 +27,68 @@ class Move:
     """A stage on a device.
 
     Attributes:
-        mask: own queries against the keys received. takes: to each rank in turn, which of the own keys it gets.
+        mask: own queries against the keys received. takes: to each rank in turn, which of the own keys it gets; ``taken``
+            is all of them.
         send_sizes, receive_sizes: keys to and from each rank.
     """
 
     mask: Mask
     takes: tuple[torch.Tensor, ...]
+    taken: torch.Tensor
     send_sizes: list[int]
     receive_sizes: list[int]
+
+    @staticmethod
+    def of(stage: Stage, num_rows: int, device: torch.device) -> Move:
+        """``stage`` on ``device``."""
+        sizes = stage.receive_sizes
+        parts = [[np.arange(begin, end) for begin, end in ranges.tolist()] for ranges in stage.send]
+        taken = torch.from_numpy(np.concatenate([np.arange(0), *sum(parts, [])])).to(device)
+        takes = taken.split(stage.send_sizes)
+        return Move(Mask(stage.bands, num_rows, sum(sizes)), takes, taken, stage.send_sizes, sizes)
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """A rank's share on a device, and the group it is shared with. ``mask`` is that of own queries and keys."""
+    """A rank's share on a device, and the group it is shared with.
+
+    Attributes:
+        mask: own queries against own keys; with ``is_joined`` those received follow. moves: stages.
+        is_joined: nothing is computed before all keys are there, and then all at once.
+        hides_tail: the last stage's keys are kept for the backward, which begins with them and ends with the own ones:
+            no gradient is waited for that is not hidden behind these.
+        sm_margin: multiprocessors that attention leaves to the transport.
+    """
 
     mask: Mask
     moves: tuple[Move, ...]
     group: dist.ProcessGroup | None
+    is_joined: bool = False
+    hides_tail: bool = False
+    sm_margin: int = 0
 
     @staticmethod
-    def of(share: Share, device: torch.device, group: dist.ProcessGroup | None) -> Work:
-        """``share`` on ``device``."""
-        moves = tuple(_move(stage, share.num_rows, device) for stage in share.stages)
-        return Work(Mask(share.bands, share.num_rows, share.num_cols), moves, group)
+    def of(
+        share: Share,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        *,
+        is_joined: bool = False,
+        hides_tail: bool = False,
+        sm_margin: int = 0,
+    ) -> Work:
+        """``share`` on ``device``; without stages there is nothing to wait for, which is joined, too."""
+        moves = tuple(Move.of(stage, share.num_rows, device) for stage in share.stages)
+        is_joined = is_joined or not moves
+        bands, num_cols = [share.bands], share.num_cols
+        for stage in share.stages if is_joined else ():
+            bands.append(shift(stage.bands, cols=num_cols))
+            num_cols += sum(stage.receive_sizes)
+        mask = Mask(np.concatenate(bands), share.num_rows, num_cols)
+        return Work(mask, moves, group, is_joined, hides_tail and not is_joined, sm_margin)
 
 
-def _move(stage: Stage, num_rows: int, device: torch.device) -> Move:
-    takes = tuple(
-        torch.cat([torch.arange(0), *(torch.arange(begin, end) for begin, end in ranges.tolist())]).to(device)
-        for ranges in stage.send
-    )
-    sizes = stage.receive_sizes
-    return Move(Mask(stage.bands, num_rows, sum(sizes)), takes, stage.send_sizes, sizes)
-
-
+@torch.compiler.disable
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -78,39 +108,69 @@ def attend(
         q: (T, H, D) own queries. k, v: (S, HK, D or DV) own keys and values.
         sink: (s_sink, H), equal on all ranks; its gradient is that of the own rows.
     """
-    settings = {"softmax_scale": softmax_scale, "softcap": softcap}
+    settings = {"softmax_scale": softmax_scale, "softcap": softcap, "sm_margin": work.sm_margin}
     return _Attend.apply(q, k, v, sink, work, settings, return_max_logits)
 
 
-def _arriving(packed: torch.Tensor, work: Work) -> Iterator[tuple[Move, torch.Tensor]]:
-    """Each stage with its keys and values, (received, HK, D + DV); the next one is on its way meanwhile."""
-    flights = iter([_depart(packed, move, work.group) for move in work.moves[:1]])
-    for number, move in enumerate(work.moves):
-        buffer, handle, _ = next(flights)
-        handle.wait()
-        if number + 1 < len(work.moves):
-            flights = iter([_depart(packed, work.moves[number + 1], work.group)])
-        yield move, buffer
+class _Flight:
+    """Rows under way, and the memory that must live as long."""
+
+    def __init__(
+        self, sent: torch.Tensor, sizes: list[int], sent_sizes: list[int], group: dist.ProcessGroup | None
+    ) -> None:
+        self._sent = sent
+        self._rows = sent.new_empty(sum(sizes), *sent.shape[1:])
+        self._handle = dist.all_to_all_single(
+            self._rows, sent, sizes, sent_sizes, group=group, async_op=True
+        )
+
+    def land(self) -> torch.Tensor:
+        """The rows received: the device waits for them, without one the host."""
+        self._handle.wait()
+        return self._rows
 
 
-def _depart(
-    packed: torch.Tensor, move: Move, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """The buffer of a stage, what to wait for, and what must live as long."""
-    sent = packed.index_select(0, torch.cat(move.takes))
-    buffer = packed.new_empty(sum(move.receive_sizes), *packed.shape[1:])
-    handle = dist.all_to_all_single(
-        buffer, sent, move.receive_sizes, move.send_sizes, group=group, async_op=True
-    )
-    return buffer, handle, sent
+class _Arrivals:
+    """Keys and values of stages, (received, HK, D + DV): the first are on their way at once, then always one stage ahead."""
+
+    def __init__(self, packed: torch.Tensor, moves: Sequence[Move], work: Work) -> None:
+        self._packed, self._moves, self._work = packed, moves, work
+        self._flight = self._depart(0)
+
+    def _depart(self, number: int) -> _Flight | None:
+        if number >= len(self._moves):
+            return None
+        move = self._moves[number]
+        sent = self._packed.index_select(0, move.taken)
+        return _Flight(sent, move.receive_sizes, move.send_sizes, self._work.group)
+
+    def __iter__(self) -> Iterator[tuple[Move, torch.Tensor]]:
+        for number, move in enumerate(self._moves):
+            flight = self._flight
+            assert flight is not None
+            rows = flight.land()
+            self._flight = self._depart(number + 1)
+            yield move, rows
 
 
-def _give_back(gradient: torch.Tensor, move: Move, into: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Add the gradients of received keys to those of their owners."""
-    returned = gradient.new_empty(sum(move.send_sizes), *gradient.shape[1:])
-    dist.all_to_all_single(returned, gradient, move.send_sizes, move.receive_sizes, group=group)
-    for take, part in zip(move.takes, returned.split(move.send_sizes), strict=True):
-        into.index_add_(0, take, part.to(into.dtype))  # a rank gets no key twice
+class _Returns:
+    """Gradients of keys on their way to the owners."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._flights: list[tuple[Move, _Flight]] = []
+
+    def send(self, gradient: torch.Tensor, move: Move) -> None:
+        """Give back that of the keys which ``move`` brought."""
+        flight = _Flight(gradient, move.send_sizes, move.receive_sizes, self._work.group)
+        self._flights.append((move, flight))
+
+    def add_to(self, own: torch.Tensor) -> torch.Tensor:
+        """Those of this rank's keys, in the order of stages and ranks."""
+        for move, flight in self._flights:
+            for take, part in zip(move.takes, flight.land().split(move.send_sizes), strict=True):
+                own.index_add_(0, take, part.to(own.dtype))  # a rank gets no key twice
+        return own
 
 
 class _Attend(torch.autograd.Function):
@@ -118,48 +178,102 @@ class _Attend(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def,override]
         ctx: Any, q, k, v, sink, work: Work, settings: dict, return_max_logits: bool
     ) -> tuple:
-        stats = stats_dtype(q.dtype)
-        out = torch.full((*q.shape[:-1], v.shape[-1]), torch.nan, dtype=stats, device=q.device)
-        lse = torch.full(q.shape[:-1], -torch.inf, dtype=stats, device=q.device)
-        packed = torch.cat([k, v], dim=-1)
-        stages = _arriving(packed, work)
+        arrivals = _Arrivals(torch.cat([k, v], dim=-1), work.moves, work)
+        forward = _joined_forward if work.is_joined else _staged_forward
         given = {**settings, "return_max_logits": return_max_logits}
-        tops = [accumulate(out, lse, q, k, v, work.mask, sink=sink, **given)]
-        for move, buffer in stages:
-            keys, values = buffer.split([k.shape[-1], v.shape[-1]], dim=-1)
-            tops.append(accumulate(out, lse, q, keys, values, move.mask, **given))
-        result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sink, result, lse)
+        out, lse, top, kept = forward(q, k, v, sink, work, arrivals, given)
+        ctx.save_for_backward(q, k, v, sink, out, lse, kept if work.hides_tail else None)
         ctx.work, ctx.settings = work, settings
         ctx.set_materialize_grads(False)
-        if not return_max_logits:
-            return result, lse, None
-        top = torch.stack([x for x in tops if x is not None]).amax(0)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=work.group)
-        ctx.mark_non_differentiable(top)
-        return result, lse, top
+        if top is not None:
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=work.group)
+            ctx.mark_non_differentiable(top)
+        return out, lse, top
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: None
     ) -> tuple:
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        work, settings = ctx.work, ctx.settings
+        q, k, v, sink, out, lse, kept = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        given = {**settings, "dlse": dlse}
-        dq, dk, dv = (
-            x.to(lse.dtype) for x in attention_backward(dout, q, k, v, out, lse, work.mask, **given)
-        )
-        own = torch.cat([dk, dv], dim=-1)
-        widths = [k.shape[-1], v.shape[-1]]
-        for move, buffer in _arriving(torch.cat([k, v], dim=-1), work):
-            keys, values = buffer.split(widths, dim=-1)
-            more, *back = attention_backward(dout, q, keys, values, out, lse, move.mask, **given)
-            dq += more
-            _give_back(torch.cat(back, dim=-1), move, own, work.group)
-        dk, dv = own.split(widths, dim=-1)
+        given = {**ctx.settings, "dlse": dlse, "deterministic": torch.are_deterministic_algorithms_enabled()}
+        backward = _joined_backward if ctx.work.is_joined else _staged_backward
+        dq, dk, dv = backward(dout, q, k, v, out, lse, kept, ctx.work, given)
         dsink = None if sink is None else _gradient_of_sink(sink, out, lse, dout, dlse)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None, None, None
+
+
+def _joined_forward(q, k, v, sink, work: Work, arrivals: _Arrivals, given: dict) -> tuple:  # type: ignore[no-untyped-def]
+    keys, values = _joined(k, v, arrivals)
+    out, meta = attention(q, keys, values, work.mask, sink=sink, **given)
+    return out, meta.lse, meta.max_logits, None
+
+
+def _joined(k: torch.Tensor, v: torch.Tensor, arrivals: _Arrivals) -> tuple[torch.Tensor, torch.Tensor]:
+    """Own keys and values, then those received."""
+    received = [rows.split([k.shape[-1], v.shape[-1]], dim=-1) for _, rows in arrivals]
+    if not received:
+        return k, v
+    keys, values = zip(*received, strict=True)
+    return torch.cat([k, *keys]), torch.cat([v, *values])
+
+
+def _joined_backward(dout, q, k, v, out, lse, _kept, work: Work, given: dict) -> tuple:  # type: ignore[no-untyped-def]
+    keys, values = _joined(k, v, _Arrivals(torch.cat([k, v], dim=-1), work.moves, work))
+    dq, dk, dv = attention_backward(dout, q, keys, values, out, lse, work.mask, **given)
+    if not work.moves:
+        return dq, dk, dv
+    returns = _Returns(work)
+    own, *gradients = torch.cat([dk, dv], dim=-1).split([len(k), *(sum(m.receive_sizes) for m in work.moves)])
+    for move, gradient in zip(work.moves, gradients, strict=True):
+        returns.send(gradient, move)
+    total = returns.add_to(own.to(lse.dtype))
+    return dq, *total.split([k.shape[-1], v.shape[-1]], dim=-1)
+
+
+def _staged_forward(q, k, v, sink, work: Work, arrivals: _Arrivals, given: dict) -> tuple:  # type: ignore[no-untyped-def]
+    stats, rows = stats_dtype(q.dtype), None
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=stats, device=q.device)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=stats, device=q.device)
+    tops = [accumulate(out, lse, q, k, v, work.mask, sink=sink, **given)]
+    for move, rows in arrivals:
+        keys, values = rows.split([k.shape[-1], v.shape[-1]], dim=-1)
+        tops.append(accumulate(out, lse, q, keys, values, move.mask, **given))
+    found = [x for x in tops if x is not None]
+    return out.to(q.dtype), lse, torch.stack(found).amax(0) if found else None, rows
+
+
+def _staged_backward(dout, q, k, v, out, lse, kept, work: Work, given: dict) -> tuple:  # type: ignore[no-untyped-def]
+    widths, returns = [k.shape[-1], v.shape[-1]], _Returns(work)
+    own = dq = torch.empty(0)
+    for number, (move, keys, values) in enumerate(_parts(k, v, kept, work)):
+        mask = work.mask if move is None else move.mask
+        more, *gradient = attention_backward(dout, q, keys, values, out, lse, mask, **given)
+        # A sum of two is rounded once; more of them are summed in fp32.
+        more = more.to(lse.dtype) if len(work.moves) > 1 and number == 0 else more
+        dq = dq + more if number else more
+        if move is None:
+            own = torch.cat(gradient, dim=-1).to(lse.dtype)
+        else:
+            returns.send(torch.cat(gradient, dim=-1), move)
+    return dq, *returns.add_to(own).split(widths, dim=-1)
+
+
+def _parts(
+    k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor | None, work: Work
+) -> Iterator[tuple[Move | None, torch.Tensor, torch.Tensor]]:
+    """Keys and values in the order of the backward: own ones, of no move, first, or last if some are kept."""
+    widths = [k.shape[-1], v.shape[-1]]
+    moves = work.moves if kept is None else work.moves[:-1]
+    arrivals = _Arrivals(torch.cat([k, v], dim=-1), moves, work)
+    if kept is None:
+        yield None, k, v
+    else:
+        yield work.moves[-1], *kept.split(widths, dim=-1)
+    for move, rows in arrivals:
+        yield move, *rows.split(widths, dim=-1)
+    if kept is not None:
+        yield None, k, v
 
 
 def _gradient_of_sink(

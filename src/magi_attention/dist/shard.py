@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from magi_attention.common.intervals import Intervals, total_size
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The older name is deprecated in torch 2.13, the newer one absent before."""
 
 
@@ -79,7 +79,7 @@ class Shards:
         padded = local.new_zeros(most, *local.shape[1:])
         padded[: len(local)] = local
         whole = padded.new_empty(most * len(self.sizes), *local.shape[1:])
-        _all_gather(whole, padded, group=self.group)
+        all_gather(whole, padded, group=self.group)
         parts = [part[:size] for part, size in zip(whole.split(most), self.sizes, strict=True)]
         return torch.cat(parts).index_select(0, self._order(local.device))
 
