@@ -147,11 +147,11 @@ class BalancedDispatchAlg(DispatchAlg):
 
     Attributes:
         slack: how much above the mean the largest work of a rank may be, such as 0.04.
-        rounds: how often each chunk is tried in another place.
+        rounds: how often all swaps of two chunks are weighed, and the best ones done.
     """
 
     slack: float = 0.04
-    rounds: int = 4
+    rounds: int = 8
 
     def __post_init__(self) -> None:
         _check_part("slack", self.slack)

@@ -59,6 +59,20 @@ def offsets(table: Intervals) -> Intervals:
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(table[:, 1] - table[:, 0])))
 
 
+def stack(table: Intervals, label: Intervals, stride: int) -> Intervals:
+    """Intervals of several axes on one: those of label l moved by l * ``stride``, which is above all their ends.
+
+    Merging, overlap and difference then treat all axes at once.
+    """
+    return table + label[:, None] * stride
+
+
+def unstack(table: Intervals, stride: int) -> tuple[Intervals, Intervals]:
+    """The intervals that ``stack`` moved where they were, and the label of each."""
+    label = table[:, 0] // stride
+    return table - label[:, None] * stride, label
+
+
 def chunks(table: Intervals, chunk_size: int) -> list[Intervals]:
     """Lay the intervals end to end and cut every ``chunk_size`` positions; empty intervals are left out."""
     table = table[table[:, 1] > table[:, 0]]

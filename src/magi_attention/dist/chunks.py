@@ -1,14 +1,17 @@
-"""The rows of a mask in chunks: what each costs, and which keys it needs. Integer arithmetic only: equal on every rank."""
+"""The rows of a mask in chunks: what each costs, and which keys it needs. Integers only: equal on every rank."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.mask.bands import K0, K1, Bands, areas, compact, is_empty, split, tighten
+from magi_attention.common.intervals import Intervals, merge, stack, unstack
+from magi_attention.errors import complaint
+from magi_attention.mask.bands import K0, K1, Bands, areas, compact, is_empty, shift, split, tighten
 
 Ints = NDArray[np.int64]
 TILE_ROWS, TILE_COLS = 128, 128
@@ -23,6 +26,7 @@ class Chunks:
         size, num_rows, num_cols: of the mask and its chunks.
         pieces: (m, 6) tight bands, none empty, each within the rows of one chunk.
         chunk, band: (m,) which chunk each piece is in, and which band of the mask it comes from.
+        num_masks: masks in one, see ``joint``; keys of each come ``num_cols`` behind those of the one before.
     """
 
     size: int
@@ -31,6 +35,7 @@ class Chunks:
     pieces: Bands
     chunk: Ints
     band: Ints
+    num_masks: int = 1
 
     def __len__(self) -> int:
         return -(-self.num_rows // self.size)
@@ -61,28 +66,74 @@ class Chunks:
         found[self.chunk[order]] = self.band[order]  # the largest comes last
         return found
 
+    @property
+    def stride(self) -> int:
+        """Above all positions of keys, those of one mask behind those of the other."""
+        return self.num_masks * self.num_cols + 1
+
+    @cached_property
+    def needed(self) -> Intervals:
+        """Merged intervals of the keys that chunks need, those of chunk n moved by n * ``stride``."""
+        return merge(stack(self.pieces[:, K0 : K1 + 1], self.chunk, self.stride))
+
+    @cached_property
+    def held(self) -> Intervals:
+        """Merged intervals of the keys that chunks hold, if keys lie where queries do; moved in the same way."""
+        own = np.minimum(self.rows, self.num_cols)
+        own = np.concatenate([own + mask * self.num_cols for mask in range(self.num_masks)])
+        chunk = np.tile(np.arange(len(self)), self.num_masks)
+        live = own[:, 1] > own[:, 0]
+        return merge(stack(own[live], chunk[live], self.stride))
+
     def cells(self) -> tuple[Ints, NDArray[np.bool_], NDArray[np.bool_]]:
-        """Keys in stretches that no chunk needs a part of.
+        """Keys in stretches that no chunk needs or holds a part of.
 
         Returns:
-            (c + 1,) edges of the stretches, (n, c) whether a chunk needs one, and (n, c) whether it holds one, if keys
-            lie where queries do.
+            (c + 1,) edges of the stretches, (n, c) whether a chunk needs one, and (n, c) whether it holds one.
         """
-        own = self.rows
-        edges = np.unique(np.concatenate([[0, self.num_cols], own.ravel(), self.pieces[:, K0], self.pieces[:, K1]]))
-        edges = edges[edges <= self.num_cols]
-        steps = np.zeros((len(self), len(edges)), dtype=np.int64)
-        np.add.at(steps, (self.chunk, np.searchsorted(edges, self.pieces[:, K0])), 1)
-        np.add.at(steps, (self.chunk, np.searchsorted(edges, self.pieces[:, K1])), -1)
-        needed = steps.cumsum(axis=1)[:, :-1] > 0
-        begins = edges[:-1]
-        held = (begins >= own[:, :1]) & (begins < own[:, 1:])
-        return edges, needed, held
+        (seen, seer), (own, owner) = (unstack(table, self.stride) for table in (self.needed, self.held))
+        edges = np.unique(np.concatenate([[0, self.stride - 1], own.ravel(), seen.ravel()]))
+        return (
+            edges,
+            spread(np.searchsorted(edges, seen), seer, len(self), len(edges) - 1) > 0,
+            spread(np.searchsorted(edges, own), owner, len(self), len(edges) - 1) > 0,
+        )
 
     def _sums(self, values: Ints, chunk: Ints | None = None) -> Ints:
         found = np.zeros(len(self), dtype=np.int64)
         np.add.at(found, self.chunk if chunk is None else chunk, values)
         return found
+
+
+def spread(places: Intervals, row: Ints, num_rows: int, width: int) -> NDArray[np.int16]:
+    """(num_rows, width) how many of the intervals ``places`` of each row lie over a column."""
+    steps = np.zeros((num_rows, width + 1), dtype=np.int16)
+    np.add.at(steps, (row, places[:, 0]), 1)
+    np.add.at(steps, (row, places[:, 1]), -1)
+    return steps.cumsum(axis=1, dtype=np.int16)[:, :-1]
+
+
+def joint(masks: Sequence[Chunks]) -> Chunks:
+    """Several masks over the same tokens as one to place: work and keys to receive are summed.
+
+    A mask that serves several layers may be listed as often.
+
+    Raises:
+        ValueError: no mask, or chunks or lengths that differ.
+    """
+    if not masks:
+        raise ValueError(complaint("masks", "at least one", 0))
+    shapes = sorted({(each.size, each.num_rows, each.num_cols) for each in masks})
+    if len(shapes) > 1:
+        raise ValueError(complaint("masks", "one size of chunks, number of rows and of columns", shapes))
+    first = masks[0]
+    pieces, bands, place, count = [], [], 0, 0
+    for each in masks:
+        pieces.append(shift(each.pieces, cols=place * first.num_cols))
+        bands.append(each.band + count)
+        place, count = place + each.num_masks, count + int(each.band.max(initial=-1)) + 1
+    chunk = np.concatenate([each.chunk for each in masks])
+    return Chunks(*shapes[0], np.concatenate(pieces), chunk, np.concatenate(bands), place)
 
 
 def cuts_of(length: int, size: int) -> Ints:

@@ -1,4 +1,4 @@
-"""What each rank computes by itself and what it must receive for the rest: found on every rank alike, without collectives.
+"""What each rank computes by itself and what it receives for the rest: found on every rank alike, without collectives.
 
 Queries and keys are dealt to ranks as ranges of global positions; a rank's own ones lie one behind the other in the order
 given. Of the keys that its rows see, those on other ranks come in stages. In a stage a rank receives from each other rank

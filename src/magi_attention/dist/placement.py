@@ -6,7 +6,6 @@ All of it is a function of the mask and the configuration: every rank finds the 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from functools import singledispatch
 
 import numpy as np
@@ -26,6 +25,7 @@ from magi_attention.config import (
     ToppHeapDispatchAlg,
     ZigzagDispatchAlg,
 )
+from magi_attention.dist.balance import balanced
 from magi_attention.dist.chunks import Chunks, Ints
 from magi_attention.errors import complaint
 
@@ -36,17 +36,32 @@ MOST_FOR_EXACT = 24
 """Chunks that exponential algorithms take."""
 
 
-def place(alg: DispatchAlg, chunks: Chunks, num_ranks: int) -> Partition:
+def place(alg: DispatchAlg, chunks: Chunks, num_ranks: int, num_nodes: int = 1) -> Partition:
     """The chunks of each rank, ascending.
 
+    Args:
+        num_nodes: of as many neighbouring ranks each. ``BalancedDispatchAlg`` then deals chunks to nodes first, so that
+            few keys travel between nodes if each comes to a node once.
+
     Raises:
-        ValueError: fewer chunks than ranks, an algorithm without placements, or too many chunks for an exponential one.
+        ValueError: fewer chunks than ranks, an algorithm without placements, too many chunks for an exponential one, or
+            nodes that another algorithm does not know or that do not divide the ranks.
     """
     if len(chunks) < num_ranks:
         remedy = "Choose a smaller chunk_size, or fewer ranks."
         raise ValueError(complaint("chunks", f"at least {num_ranks}, one a rank", len(chunks), remedy))
     if not alg.has_partitions:
         raise ValueError(complaint("alg", "one that places chunks", type(alg).__name__))
+    if num_nodes < 1 or num_ranks % num_nodes:
+        raise ValueError(complaint("num_nodes", f"a divisor of the {num_ranks} ranks", num_nodes))
+    if isinstance(alg, BalancedDispatchAlg):
+        room = np.array([len(part) for part in np.array_split(np.arange(len(chunks)), num_ranks)])
+        rank = balanced(chunks, room, alg.slack, alg.rounds, num_nodes)
+        order = np.argsort(rank, kind="stable")
+        return [part.tolist() for part in np.split(order, np.cumsum(room)[:-1])]
+    if num_nodes > 1:
+        remedy = "Use BalancedDispatchAlg(), or a mesh of one dimension."
+        raise ValueError(complaint("num_nodes", f"1 with {type(alg).__name__}", num_nodes, remedy))
     return [sorted(map(int, part)) for part in _place(alg, chunks, num_ranks)]
 
 
@@ -193,94 +208,3 @@ def _(alg: SortedSequentialSelectAlg, chunks: Chunks, num_ranks: int) -> Partiti
         parts[rank].append(chunk)
         load += int(weights[chunk])
     return parts
-
-
-@_place.register
-def _(alg: BalancedDispatchAlg, chunks: Chunks, num_ranks: int) -> Partition:
-    if num_ranks == 1:
-        return [list(range(len(chunks)))]
-    # A placement without regard to neighbours is the better start where whole chunks are alike, runs where they are not.
-    starts: list[Callable[[], Partition]] = [
-        lambda: _by_heap(chunks.work, num_ranks),
-        lambda: _place(SequentialDispatchAlg(), chunks, num_ranks),
-    ]
-    found = [_Exchange(chunks, start(), num_ranks, alg.slack).refined(alg.rounds) for start in starts]
-    return min(found, key=lambda each: each.cost).parts()
-
-
-class _Exchange:
-    """A placement that gets better by swapping chunks: less work above the limit, then fewer keys to receive."""
-
-    def __init__(self, chunks: Chunks, parts: Partition, num_ranks: int, slack: float) -> None:
-        edges, self.needed, self.held = chunks.cells()
-        self.needed, self.held = self.needed.astype(np.int32), self.held.astype(np.int32)
-        self.lengths, self.work, self.num_ranks = np.diff(edges), chunks.work, num_ranks
-        self.limit = int((1 + slack) * chunks.work.sum()) // num_ranks
-        self.rank = np.empty(len(chunks), dtype=np.int64)
-        for rank, part in enumerate(parts):
-            self.rank[part] = rank
-        self.loads = np.bincount(self.rank, self.work, num_ranks).astype(np.int64)
-        self.needs = np.zeros((num_ranks, len(self.lengths)), dtype=np.int32)
-        self.holds = np.zeros_like(self.needs)
-        np.add.at(self.needs, self.rank, self.needed)
-        np.add.at(self.holds, self.rank, self.held)
-        self.received = self._received(self.needs, self.holds)
-
-    def _received(self, needs: NDArray[np.int32], holds: NDArray[np.int32]) -> Ints:
-        return ((needs > 0) & (holds == 0)) @ self.lengths
-
-    @property
-    def cost(self) -> tuple[int, int]:
-        """Work above the limit, then twice the most that a rank receives and the mean."""
-        over = np.maximum(self.loads - self.limit, 0).max()
-        return int(over), int(2 * self.num_ranks * self.received.max() + self.received.sum())
-
-    def refined(self, rounds: int) -> _Exchange:
-        """Try each chunk against all others, ``rounds`` times or until nothing changes."""
-        for _ in range(rounds):
-            if not sum(self._swap(chunk) for chunk in range(len(self.rank))):
-                break
-        return self
-
-    def _swap(self, chunk: int) -> bool:
-        """Swap ``chunk`` with the one that helps most; whether there was one."""
-        own = self.rank[chunk]
-        others = np.flatnonzero(self.rank != own)
-        theirs = self.rank[others]
-        more = self.work[others] - self.work[chunk]
-        loads = np.stack([self.loads[own] + more, self.loads[theirs] - more])
-        over = np.maximum(loads - self.limit, 0).max(axis=0)
-        now = np.maximum(np.maximum(self.loads[own], self.loads[theirs]) - self.limit, 0)
-        keep = over <= now
-        others, theirs, over, now = (x[keep] for x in (others, theirs, over, now))
-        if not len(others):
-            return False
-        needed = self.needed[others] - self.needed[chunk]
-        held = self.held[others] - self.held[chunk]
-        here = self._received(self.needs[own] + needed, self.holds[own] + held)
-        there = self._received(self.needs[theirs] - needed, self.holds[theirs] - held)
-        rest = np.broadcast_to(self.received, (len(others), self.num_ranks)).copy()
-        rest[:, own], rest[np.arange(len(others)), theirs] = here, there
-        cost = 2 * self.num_ranks * rest.max(axis=1) + rest.sum(axis=1)
-        gain = np.stack([over - now, cost - self.cost[1]])
-        best = np.lexsort((gain[1], gain[0]))[0]
-        if tuple(gain[:, best]) >= (0, 0):
-            return False
-        self._exchange(chunk, int(others[best]))
-        return True
-
-    def _exchange(self, one: int, other: int) -> None:
-        here, there = self.rank[one], self.rank[other]
-        for rank, leaving, coming in ((here, one, other), (there, other, one)):
-            self.loads[rank] += self.work[coming] - self.work[leaving]
-            self.needs[rank] += self.needed[coming] - self.needed[leaving]
-            self.holds[rank] += self.held[coming] - self.held[leaving]
-        both = [here, there]
-        self.received[both] = self._received(self.needs[both], self.holds[both])
-        self.rank[one], self.rank[other] = there, here
-
-    def parts(self) -> Partition:
-        """The chunks of each rank."""
-        return [np.flatnonzero(self.rank == rank).tolist() for rank in range(self.num_ranks)]
-
-
