@@ -174,7 +174,7 @@ def _groups(ranks: Ints, size: int) -> list[Ints]:
 
 
 def _together(rooms: Ints, most: int) -> int:
-    """How many chunks make an item: bins hold whole ones, ``FEW`` at least, and there are at most ``most`` if that can be."""
+    """Chunks that make an item: bins hold whole ones, ``FEW`` or more, and in all ``most`` or fewer if that can be."""
     common, total = int(np.gcd.reduce(rooms)), int(rooms.sum())
     sizes = [
         size

@@ -53,10 +53,8 @@ class Chunks:
     @cached_property
     def work(self) -> Ints:
         """(n,) pairs in all tiles that hold a visible one: what a kernel computes."""
-        tiles, which, _ = split(self.pieces, cuts_of(self.num_rows, TILE_ROWS))
-        tiles = tighten(tiles)
-        blocks = -(-(tiles[:, K1] - tiles[:, K0]) // TILE_COLS)
-        return self._sums(blocks * TILE_ROWS * TILE_COLS, self.chunk[which])
+        work, which = work_of(self.pieces, self.num_rows)
+        return self._sums(work, self.chunk[which])
 
     @cached_property
     def sample(self) -> Ints:
@@ -111,6 +109,13 @@ def spread(places: Intervals, row: Ints, num_rows: int, width: int) -> NDArray[n
     np.add.at(steps, (row, places[:, 0]), 1)
     np.add.at(steps, (row, places[:, 1]), -1)
     return steps.cumsum(axis=1, dtype=np.int16)[:, :-1]
+
+
+def work_of(bands: Bands, num_rows: int) -> tuple[Ints, Ints]:
+    """Pairs in the tiles that each tight band touches in each strip of ``TILE_ROWS`` rows, and which band that is."""
+    tiles, which, _ = split(bands, cuts_of(num_rows, TILE_ROWS))
+    tiles = tighten(tiles)
+    return -(-(tiles[:, K1] - tiles[:, K0]) // TILE_COLS) * TILE_ROWS * TILE_COLS, which
 
 
 def joint(masks: Sequence[Chunks]) -> Chunks:

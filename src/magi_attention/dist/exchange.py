@@ -3,18 +3,43 @@
 Queries and keys are dealt to ranks as ranges of global positions; a rank's own ones lie one behind the other in the order
 given. Of the keys that its rows see, those on other ranks come in stages. In a stage a rank receives from each other rank
 one block of keys; the blocks, in the order of ranks, are the buffer whose positions the stage's bands are in.
+
+What all ranks receive is found at once: intervals of rank r are moved by r times a stride, so that those of different
+ranks never meet. Who sends it is found for one rank only, as receiver and as sender.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from magi_attention.common.intervals import Intervals, chunks, difference, merge, offsets, overlap, total_size
-from magi_attention.mask.bands import K0, K1, Q0, Bands, compact, localise, split, tighten
+from magi_attention.common.enum import AttnOverlapMode
+from magi_attention.common.intervals import Intervals, difference, merge, offsets, stack, total_size, unstack
+from magi_attention.config import GreedyOverlapAlg, OverlapConfig, UniformOverlapAlg
+from magi_attention.dist.chunks import Ints, work_of
+from magi_attention.dist.cost import Heads, Loads, Machine, choose_degree
+from magi_attention.errors import complaint
+from magi_attention.mask.bands import (
+    HI,
+    K0,
+    K1,
+    LO,
+    Q0,
+    Q1,
+    Bands,
+    areas,
+    compact,
+    localise,
+    overlapping_intervals,
+    relax,
+    shift,
+    split,
+    tighten,
+    transpose,
+)
 
 UNIT = 128
 """Keys that stages are cut between: whole tiles, but for the last ones of a block."""
@@ -30,13 +55,35 @@ class Exchange:
     Attributes:
         bands: (n, 6) of the whole mask.
         queries, keys: each rank's ranges, disjoint; together they are all rows, and all keys that somebody sees.
-        degree: stages of what is received; fewer where there is little.
+        degree: stages of what is received; fewer where there is little. 0: one that is not overlapped, see ``Share``.
+        overlap: how stages are made: ``min_chunk_size``, ``max_num_chunks`` and ``alg``. What a rank receives is cut into
+            chunks, each with a part of every sender's block, and these are grouped into stages.
     """
 
     bands: Bands
     queries: Ranges
     keys: Ranges
     degree: int = 1
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+
+    @staticmethod
+    def of(
+        bands: Bands,
+        queries: Ranges,
+        keys: Ranges,
+        overlap: OverlapConfig,
+        heads: Heads,
+        *,
+        num_nodes: int = 1,
+        machine: Machine | None = None,
+    ) -> Exchange:
+        """With the degree of ``overlap``; with ``AttnOverlapMode.DYNAMIC`` that which costs least on ``machine``."""
+        if overlap.mode is not AttnOverlapMode.DYNAMIC:
+            return Exchange(bands, queries, keys, int(overlap.degree or 0), overlap)
+        one = Exchange(bands, queries, keys, 1, overlap)
+        most = min(overlap.dynamic_max_degree or overlap.max_num_chunks, int(one._num_chunks.max(initial=0)))
+        machine = (machine or Machine()).scaled(overlap.calc_cost_factor, overlap.comm_cost_factor)
+        return replace(one, degree=choose_degree(one.loads(num_nodes), heads, most, machine))
 
     @property
     def num_ranks(self) -> int:
@@ -44,44 +91,177 @@ class Exchange:
         return len(self.queries)
 
     @cached_property
-    def _seen(self) -> list[Intervals]:
-        """Keys that each rank's rows see, merged."""
-        tight = compact(self.bands)
-        found = []
-        for ranges in self.queries:
-            pieces = tighten(split(tight, _sorted(ranges), Q0)[0])
-            found.append(merge(pieces[pieces[:, K1] > pieces[:, K0]][:, K0 : K1 + 1]))
-        return found
+    def stride(self) -> int:
+        """Above all positions of keys."""
+        ends = [int(np.max(table, initial=0)) for table in self.keys]
+        return max(*ends, int(self.bands[:, K1].max(initial=0)), 0) + 1
 
-    def blocks(self, to: int) -> list[list[Intervals]]:
-        """What rank ``to`` receives: of each stage and each rank the ranges of keys, in order."""
-        remote = difference(self._seen[to], merge(_sorted(self.keys[to])))
-        of_ranks = [
-            np.empty((0, 2), dtype=np.int64) if rank == to else overlap(remote, merge(_sorted(keys)))
-            for rank, keys in enumerate(self.keys)
-        ]
-        most = max(map(total_size, of_ranks), default=0)
-        num_stages = min(self.degree, -(-most // UNIT))
-        return [[_part(ranges, stage, num_stages) for ranges in of_ranks] for stage in range(num_stages)]
+    @cached_property
+    def _pieces(self) -> tuple[Bands, Ints]:
+        """The mask cut to ranges of rows, tight and none empty, and whose they are."""
+        ranges, rank = _gathered(self.queries)
+        pieces, _, of = split(compact(self.bands), ranges, Q0)
+        pieces = tighten(pieces)
+        live = pieces[:, K1] > pieces[:, K0]
+        return pieces[live], rank[of[live]]
+
+    @cached_property
+    def seen(self) -> Intervals:
+        """Keys that ranks' rows see, those of rank r moved by r * ``stride``; merged."""
+        pieces, rank = self._pieces
+        return merge(stack(pieces[:, K0 : K1 + 1], rank, self.stride))
+
+    @cached_property
+    def own(self) -> Intervals:
+        """Keys that ranks hold, in the same way."""
+        ranges, rank = _gathered(self.keys)
+        return merge(stack(ranges, rank, self.stride))
+
+    @cached_property
+    def remote(self) -> Intervals:
+        """Keys that ranks receive, in the same way."""
+        return difference(self.seen, self.own)
+
+    @cached_property
+    def received(self) -> Ints:
+        """(r,) how many keys each rank receives."""
+        ranges, rank = unstack(self.remote, self.stride)
+        return _sums(ranges[:, 1] - ranges[:, 0], rank, self.num_ranks)
+
+    def traffic(self, num_nodes: int = 1) -> Traffic:
+        """What travels within and between nodes of as many neighbouring ranks each.
+
+        Raises:
+            ValueError: nodes that do not divide the ranks.
+        """
+        ranks, stride = self.num_ranks, self.stride
+        if num_nodes < 1 or ranks % num_nodes:
+            raise ValueError(complaint("num_nodes", f"a divisor of the {ranks} ranks", num_nodes))
+        size = ranks // num_nodes
+        own, owner = unstack(self.own, stride)
+        seen, seer = unstack(self.seen, stride)
+        on_nodes = merge(stack(own, owner // size, stride))
+        once, node = unstack(difference(merge(stack(seen, seer // size, stride)), on_nodes), stride)
+        # What a rank's whole node holds, once for each rank of it.
+        held, holder = unstack(on_nodes, stride)
+        copies = (holder[:, None] * size + np.arange(size)).ravel()
+        around = merge(stack(np.repeat(held, size, axis=0), copies, stride))
+        far, rank = unstack(difference(self.seen, around), stride)
+        between = _sums(far[:, 1] - far[:, 0], rank, ranks)
+        return Traffic(
+            self.received, self.received - between, between, _sums(once[:, 1] - once[:, 0], node, num_nodes)
+        )
+
+    def loads(self, num_nodes: int = 1) -> Loads:
+        """What each rank computes and receives, nodes having as many neighbouring ranks each."""
+        pieces, rank = self._pieces
+        moved = _moved(pieces, rank, self.stride)
+        own, piece, _ = split(moved, self.own, K0)
+        ours = _sums(areas(own), rank[piece], self.num_ranks)
+        whole = _sums(areas(pieces), rank, self.num_ranks)
+        tight = compact(self.bands)
+        work, area = int(work_of(tight, int(tight[:, Q1].max(initial=0)))[0].sum()), max(int(whole.sum()), 1)
+        rows = np.array([total_size(np.asarray(table).reshape(-1, 2)) for table in self.queries])
+        # Python's integers: pairs times pairs do not fit in 64 bits.
+        ours, whole = (
+            np.array([int(x) * work // area for x in each], dtype=np.int64) for each in (ours, whole)
+        )
+        return Loads(rows, ours, whole - ours, self.received, self.traffic(num_nodes).between)
+
+    @cached_property
+    def _num_chunks(self) -> Ints:
+        """(r,) chunks of what each rank receives."""
+        found = np.clip(self.received // self.overlap.min_chunk_size, 1, self.overlap.max_num_chunks)
+        return np.where(self.received > 0, found, 0)
 
     @cached_property
     def num_stages(self) -> int:
         """Stages of all ranks: a rank that receives less takes part with empty blocks."""
-        return max((len(self.blocks(rank)) for rank in range(self.num_ranks)), default=0)
+        return int(min(max(self.degree, 1), self._num_chunks.max(initial=0)))
+
+    @cached_property
+    def _stages(self) -> list[Ints]:
+        """Of each rank the stage of each chunk."""
+        alg, num_stages = self.overlap.alg, self.num_stages
+        if isinstance(alg, GreedyOverlapAlg) and num_stages > 1:
+            return [_even(costs, num_stages) for costs in self._costs()]
+        found = []
+        for rank, count in enumerate(self._num_chunks.tolist()):
+            stage = np.arange(count) * num_stages // max(count, num_stages)
+            if isinstance(alg, UniformOverlapAlg) and alg.random_costs:
+                stage = np.random.default_rng([alg.random_seed or 0, rank]).permutation(stage)
+            found.append(stage)
+        return found
+
+    def _costs(self) -> list[Ints]:
+        """Of each rank the visible pairs of each chunk of what it receives."""
+        found = []
+        for rank, count in enumerate(self._num_chunks.tolist()):
+            parts = self._incoming(rank).cut(
+                np.full(self.num_ranks, count), [np.arange(count)] * self.num_ranks
+            )
+            pieces = self._pieces[0][self._pieces[1] == rank]
+            order = np.argsort(parts.begin, kind="stable")
+            inside, _, of = split(pieces, np.stack([parts.begin, parts.end], axis=1)[order], K0)
+            found.append(_sums(areas(inside), parts.stage[order][of], count))
+        return found
+
+    def _incoming(self, rank: int) -> _Parts:
+        """Keys that ``rank`` receives, by sender."""
+        ranges, label = unstack(self.remote, self.stride)
+        ranges = ranges[label == rank]
+        held, holder = _gathered(self.keys)
+        which, of = overlapping_intervals(ranges[:, 0], ranges[:, 1], held)
+        begin, end = np.maximum(ranges[which, 0], held[of, 0]), np.minimum(ranges[which, 1], held[of, 1])
+        order = np.argsort(holder[of], kind="stable")
+        return _Parts(holder[of][order], begin[order], end[order], begin[order], self.num_ranks)
+
+    def _outgoing(self, rank: int) -> _Parts:
+        """Keys that ``rank`` sends, by receiver; places are those among its own."""
+        ranges, receiver = unstack(self.remote, self.stride)
+        own = np.asarray(self.keys[rank], dtype=np.int64).reshape(-1, 2)
+        begins, order = offsets(own)[:-1], np.argsort(own[:, 0], kind="stable")
+        order = order[own[order, 1] > own[order, 0]]
+        which, of = overlapping_intervals(ranges[:, 0], ranges[:, 1], own[order])
+        of = order[of]
+        begin, end = np.maximum(ranges[which, 0], own[of, 0]), np.minimum(ranges[which, 1], own[of, 1])
+        return _Parts(receiver[which], begin, end, begin - own[of, 0] + begins[of], self.num_ranks)
 
     def share(self, rank: int) -> Share:
         """What one rank has to do."""
-        queries, keys = self.queries[rank], self.keys[rank]
-        received = self.blocks(rank)
-        received += [[np.empty((0, 2), dtype=np.int64)] * self.num_ranks] * (self.num_stages - len(received))
-        sent = [self.blocks(to) for to in range(self.num_ranks)]
+        queries = np.asarray(self.queries[rank], dtype=np.int64).reshape(-1, 2)
+        keys = np.asarray(self.keys[rank], dtype=np.int64).reshape(-1, 2)
+        incoming, outgoing = self._incoming(rank), self._outgoing(rank)
+        if self.num_stages > 1:
+            incoming = incoming.cut(
+                np.repeat(self._num_chunks[rank], self.num_ranks), [self._stages[rank]] * self.num_ranks
+            )
+            outgoing = outgoing.cut(self._num_chunks, self._stages)
+        num_rows, all_keys = total_size(queries), np.array([[0, self.stride]])
+        by_rows = localise(self.bands, queries, all_keys)
+        rows = np.array([[0, num_rows]])
         stages = []
-        for number, blocks in enumerate(received):
-            send = [_within(keys, part[number][rank]) if number < len(part) else blocks[0][:0] for part in sent]
-            table = localise(self.bands, queries, np.concatenate(blocks))
-            stages.append(Stage(tuple(blocks), tuple(send), table))
-        sizes = total_size(queries), total_size(keys)
-        return Share(rank, *sizes, localise(self.bands, queries, keys), tuple(stages))
+        for number in range(self.num_stages):
+            blocks = incoming.blocks(number)
+            table = fused(localise(by_rows, rows, np.concatenate(blocks)))
+            stages.append(Stage(blocks, outgoing.blocks(number), table))
+        own = fused(localise(by_rows, rows, keys))
+        return Share(rank, num_rows, total_size(keys), own, tuple(stages), self.degree == 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """Keys that ranks receive, each rank's once.
+
+    Attributes:
+        received: (r,) by each rank. within: (r,) those of them from its own node. between: (r,) those from other nodes.
+        once: (nodes,) from other nodes by each node, if what several of its ranks need comes to it once.
+    """
+
+    received: Ints
+    within: Ints
+    between: Ints
+    once: Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +296,8 @@ class Share:
     Attributes:
         rank: whose. num_rows, num_cols: its own queries and keys.
         bands: (n, 6) its own queries against its own keys. stages: what else it sees.
+        is_joined: degree 0: there is at most one stage, whose keys are meant to be laid behind the own ones, and all
+            computed in one call with the bands ``joined()``. ``bands`` and ``stages`` hold as with degree 1.
     """
 
     rank: int
@@ -123,32 +305,117 @@ class Share:
     num_cols: int
     bands: Bands
     stages: tuple[Stage, ...]
+    is_joined: bool = False
+
+    def joined(self) -> Bands:
+        """(n, 6) own queries against own keys with those of all stages behind them."""
+        tables, begin = [self.bands], self.num_cols
+        for stage in self.stages:
+            tables.append(shift(stage.bands, cols=begin))
+            begin += sum(stage.receive_sizes)
+        return fused(np.concatenate(tables))
 
 
-def _sorted(ranges: Intervals) -> Intervals:
-    ranges = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
-    ranges = ranges[ranges[:, 1] > ranges[:, 0]]
-    return ranges[np.argsort(ranges[:, 0], kind="stable")]
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Keys that travel between one rank and its peers, sorted by peer and then by global position.
+
+    Attributes:
+        peer, begin, end: (m,) with whom, and which keys. place: (m,) where the first of them is for the rank in question.
+        stage: (m,) in which stage; all in the first before they are cut.
+    """
+
+    peer: Ints
+    begin: Ints
+    end: Ints
+    place: Ints
+    num_peers: int
+    stage: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def cut(self, num_chunks: Ints, stages: Sequence[Ints]) -> _Parts:
+        """Each peer's block in ``num_chunks[peer]`` parts, alike but for whole units, in the stages that are given."""
+        sizes = _sums(self.end - self.begin, self.peer, self.num_peers)
+        counts = np.where(sizes > 0, num_chunks, 0)
+        of = np.repeat(np.arange(self.num_peers), counts)
+        number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        units, base = -(-sizes // UNIT), np.cumsum(sizes) - sizes
+        edges = [
+            base[of] + np.minimum(units[of] * (number + step) // num_chunks[of] * UNIT, sizes[of])
+            for step in (0, 1)
+        ]
+        live = edges[1] > edges[0]
+        stage = np.concatenate(
+            [np.zeros(0, dtype=np.int64), *(stages[peer] for peer in np.flatnonzero(counts))]
+        )[live]
+        cuts = np.stack(edges, axis=1)[live]
+        last = np.cumsum(self.end - self.begin)
+        first = last - (self.end - self.begin)
+        which, chunk = overlapping_intervals(first, last, cuts)
+        skipped = np.maximum(cuts[chunk, 0] - first[which], 0)
+        length = np.minimum(cuts[chunk, 1], last[which]) - first[which] - skipped
+        begin = self.begin[which] + skipped
+        place = self.place[which] + skipped
+        return _Parts(self.peer[which], begin, begin + length, place, self.num_peers, stage[chunk])
+
+    def blocks(self, stage: int) -> tuple[Intervals, ...]:
+        """Of each peer the ranges of places in a stage."""
+        peer, begin, size = self.peer, self.place, self.end - self.begin
+        if len(self.stage):
+            mine = self.stage == stage
+            peer, begin, size = peer[mine], begin[mine], size[mine]
+        first = np.ones(len(peer), dtype=bool)
+        first[1:] = (begin[1:] != begin[:-1] + size[:-1]) | (peer[1:] != peer[:-1])
+        last = np.append(first[1:], True)[: len(peer)]
+        ranges = np.stack([begin[first], (begin + size)[last]], axis=1)
+        return tuple(np.split(ranges, np.searchsorted(peer[first], np.arange(1, self.num_peers))))
 
 
-def _part(ranges: Intervals, stage: int, num_stages: int) -> Intervals:
-    """The ``stage``-th of ``num_stages`` parts of ranges laid end to end, cut at multiples of ``UNIT``."""
-    units = chunks(ranges, UNIT)
-    begin, end = (len(units) * n // num_stages for n in (stage, stage + 1))
-    mine = units[begin:end]
-    return merge(np.concatenate(mine)) if mine else np.empty((0, 2), dtype=np.int64)
+def fused(bands: Bands) -> Bands:
+    """The same mask with bands joined that continue each other, such as full ones of neighbouring blocks."""
+    return transpose(_fused_columns(transpose(_fused_columns(bands))))
 
 
-def _within(own: Intervals, ranges: Intervals) -> Intervals:
-    """Global ``ranges`` of keys as positions among the ``own`` ones of a rank, in the order of ``ranges``."""
-    own = np.asarray(own, dtype=np.int64).reshape(-1, 2)
-    begins = offsets(own)[:-1]
-    order = np.argsort(own[:, 0], kind="stable")
-    found = []
-    for begin, end in ranges.tolist():
-        first = np.searchsorted(own[order, 1], begin, side="right")
-        last = np.searchsorted(own[order, 0], end, side="left")
-        for place in order[first:last]:
-            shift = begins[place] - own[place, 0]
-            found.append((max(begin, own[place, 0]) + shift, min(end, own[place, 1]) + shift))
-    return np.array(found, dtype=np.int64).reshape(-1, 2)
+def _fused_columns(bands: Bands) -> Bands:
+    """Bands with the same rows and diagonals joined where one begins at the column at which the one before ends."""
+    bands = relax(bands)
+    bands = bands[np.lexsort(bands[:, [K0, HI, LO, Q1, Q0]].T)]
+    alike = [Q0, Q1, LO, HI]
+    first = np.ones(len(bands), dtype=bool)
+    first[1:] = (bands[1:, alike] != bands[:-1, alike]).any(axis=1) | (bands[1:, K0] != bands[:-1, K1])
+    joined = bands[first]
+    joined[:, K1] = bands[np.append(first[1:], True)[: len(bands)], K1]
+    return joined
+
+
+def _gathered(tables: Ranges) -> tuple[Intervals, Ints]:
+    """All ranges that are not empty, ascending, and whose they are."""
+    parts = [np.asarray(table, dtype=np.int64).reshape(-1, 2) for table in tables]
+    ranges = np.concatenate(parts) if parts else np.zeros((0, 2), dtype=np.int64)
+    rank = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    order = np.argsort(ranges[:, 0], kind="stable")
+    order = order[ranges[order, 1] > ranges[order, 0]]
+    return ranges[order], rank[order]
+
+
+def _moved(bands: Bands, rank: Ints, stride: int) -> Bands:
+    """Bands with the keys of rank r moved by r * ``stride``."""
+    moved = bands.copy()
+    by = (rank * stride)[:, None]
+    moved[:, K0 : K1 + 1] += by
+    moved[:, LO:] += by  # those at infinity too: what they are compared with moves as far
+    return moved
+
+
+def _sums(values: Ints, label: Ints, count: int) -> Ints:
+    found = np.zeros(count, dtype=np.int64)
+    np.add.at(found, label, values)
+    return found
+
+
+def _even(costs: Ints, num_stages: int) -> Ints:
+    """The stage of each chunk: the costliest first, to the stage with the least."""
+    stage, sums = np.zeros(len(costs), dtype=np.int64), [0] * num_stages
+    for chunk in np.argsort(costs, kind="stable")[::-1].tolist():
+        stage[chunk] = sums.index(min(sums))
+        sums[stage[chunk]] += int(costs[chunk])
+    return stage
