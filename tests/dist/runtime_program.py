@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.attention import attention
-from magi_attention.config import BalancedDispatchAlg, MinHeapDispatchAlg, RandomSelectDispatchAlg
+from magi_attention.config import BalancedDispatchAlg, MinHeapDispatchAlg, OverlapConfig, RandomSelectDispatchAlg
 from magi_attention.dist import exchange
 from magi_attention.dist.chunks import cut
 from magi_attention.dist.exchange import Exchange
@@ -28,15 +28,14 @@ CASES = [
     (Mask.full(300), RandomSelectDispatchAlg(), 3, 0.0),
     (Mask([[0, 300, 50, 200, -100, 60], [250, 300, 0, 300, -400, 400]], 300, 300), MinHeapDispatchAlg(), 2, 0.0),
 ]
-WAYS = ({}, {"is_joined": True}, {"hides_tail": True})
 
 
 def ways(mask: Mask, parts: list[np.ndarray], degree: int, heads: tuple[int, int]) -> Iterator[Callable]:
     """Everything that attends from own rows."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    share = Exchange(mask.bands, parts, parts, degree).share(rank)
-    for way in WAYS:
-        yield partial(attend, work=Work.of(share, torch.device("cpu"), None, **way))
+    for number, hides_tail in ((degree, False), (degree, True), (0, False)):
+        share = Exchange(mask.bands, parts, parts, number, OverlapConfig(min_chunk_size=8)).share(rank)
+        yield partial(attend, work=Work.of(share, torch.device("cpu"), None, hides_tail=hides_tail))
     if can_split(*heads, ranks):
         shards = Shards(mask.num_rows, parts, rank)
         yield partial(attend_by_heads, work=HeadWork(mask, shards, shards))

@@ -19,7 +19,6 @@ from magi_attention.attention import accumulate, attention, attention_backward
 from magi_attention.dist.exchange import Share, Stage
 from magi_attention.kernels.problem import stats_dtype
 from magi_attention.mask import Mask
-from magi_attention.mask.bands import shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +72,14 @@ class Work:
         device: torch.device,
         group: dist.ProcessGroup | None,
         *,
-        is_joined: bool = False,
         hides_tail: bool = False,
         sm_margin: int = 0,
     ) -> Work:
         """``share`` on ``device``; without stages there is nothing to wait for, which is joined, too."""
         moves = tuple(Move.of(stage, share.num_rows, device) for stage in share.stages)
-        is_joined = is_joined or not moves
-        bands, num_cols = [share.bands], share.num_cols
-        for stage in share.stages if is_joined else ():
-            bands.append(shift(stage.bands, cols=num_cols))
-            num_cols += sum(stage.receive_sizes)
-        mask = Mask(np.concatenate(bands), share.num_rows, num_cols)
+        is_joined = share.is_joined or not moves
+        num_cols = share.num_cols + (sum(sum(move.receive_sizes) for move in moves) if is_joined else 0)
+        mask = Mask(share.joined() if is_joined else share.bands, share.num_rows, num_cols)
         return Work(mask, moves, group, is_joined, hides_tail and not is_joined, sm_margin)
 
 
