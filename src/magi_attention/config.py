@@ -223,6 +223,9 @@ class OverlapConfig:
         alg: an ``OverlapAlg``, or an ``OverlapAlgType``.
         calc_cost_factor, comm_cost_factor: microseconds of a visible pair, and of a token to receive, in relation to the
             measured defaults.
+        hide_tail: keep the keys of the last stage for the backward, which then begins with them and ends with own keys,
+            so that no gradient is waited for at its end.
+        sm_margin: multiprocessors that attention leaves to the transport.
     """
 
     enable: bool = True
@@ -234,9 +237,13 @@ class OverlapConfig:
     alg: OverlapAlg | OverlapAlgType = field(default_factory=UniformOverlapAlg)
     calc_cost_factor: float = 1.0
     comm_cost_factor: float = 1.0
+    hide_tail: bool = False
+    sm_margin: int = 0
 
     def __post_init__(self) -> None:
         check_type("enable", self.enable, bool)
+        check_type("hide_tail", self.hide_tail, bool)
+        check_count("sm_margin", self.sm_margin)
         check_type("mode", self.mode, AttnOverlapMode)
         for name in ("min_chunk_size", "max_num_chunks"):
             _check_at_least_one(name, getattr(self, name))
@@ -287,18 +294,31 @@ class GrpCollConfig:
     num_rdma_bytes: int = 0
 
 
+STRATEGIES = ("auto", "keys", "heads")
+
+
 @dataclass(frozen=True)
 class DistAttnConfig:
-    """Placement and overlap of one mask."""
+    """Placement and overlap of one mask.
+
+    Attributes:
+        strategy: what travels. "keys": keys and values, to the rows that see them. "heads": rows, so that each rank
+            computes some heads of all of them, which needs head counts that the ranks divide. "auto": what is estimated
+            to take less time; keys where the key does not know the numbers of heads and their dimension.
+    """
 
     dispatch_config: DispatchConfig = field(default_factory=DispatchConfig)
     overlap_config: OverlapConfig = field(default_factory=OverlapConfig)
     grpcoll_config: GrpCollConfig = field(default_factory=GrpCollConfig)
+    _: KW_ONLY
+    strategy: str = "auto"
 
     def __post_init__(self) -> None:
         check_type("dispatch_config", self.dispatch_config, DispatchConfig)
         check_type("overlap_config", self.overlap_config, OverlapConfig)
         check_type("grpcoll_config", self.grpcoll_config, GrpCollConfig)
+        if self.strategy not in STRATEGIES:
+            raise ValueError(complaint("strategy", f"one of {STRATEGIES}", repr(self.strategy)))
 
 
 def _check_at_least_one(name: str, value: object) -> None:

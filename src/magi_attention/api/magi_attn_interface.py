@@ -36,7 +36,6 @@ from magi_attention.dist.group import group_of
 from magi_attention.dist.key import DistAttnRuntimeKey
 from magi_attention.dist.manager import DistAttnRuntimeMgr, dist_attn_runtime_dict_mgr
 from magi_attention.dist.reduce import with_reduced_gradient
-from magi_attention.dist.runtime import attend
 from magi_attention.dist.shard import Shards
 from magi_attention.errors import check_number, check_tensor, check_type, complaint
 
@@ -394,8 +393,8 @@ def calc_attn(
         remedy = "One set of sinks for all rows, whole on every rank."
         check_tensor("sink", sink, shape=("s_sink", q.shape[1]), device=q.device, remedy=remedy)
         sink = with_reduced_gradient(sink, env.dsink_all_reduce_op(), key.cp_group)
-    out, lse, max_logits = attend(
-        q, k, v, manager.work(q.device), sink=sink, softmax_scale=softmax_scale, softcap=softcap,
+    out, lse, max_logits = manager.attend(
+        q, k, v, sink=sink, softmax_scale=softmax_scale, softcap=softcap,
         return_max_logits=return_max_logits,
     )  # fmt: skip
     return out, AttnForwardMeta(lse, max_logits)

@@ -91,6 +91,11 @@ class DistAttnRuntimeKey:
         """Ranks of the group."""
         return len(self.cp_ranks)
 
+    @property
+    def num_nodes(self) -> int:
+        """Rows of a mesh of two axes, ranks of a node each; 1 else."""
+        return 1 if self.cp_mesh is None or self.cp_mesh.ndim == 1 else self.cp_mesh.shape[0]
+
     @cached_property
     def digest(self) -> str:
         """128 bits of the slices."""
@@ -110,12 +115,12 @@ class DistAttnRuntimeKey:
             name: None if like is None else sorted(like.described().items())
             for name, like in (("placed_like", self.placed_like), ("k_placed_like", self.k_placed_like))
         }
-        return first | others | likes | {"slices": self.digest}
+        return first | others | likes | {"num_nodes": self.num_nodes, "slices": self.digest}
 
     @cached_property
     def _identity(self) -> tuple[Hashable, ...]:
         others = [getattr(self, f.name) for f in fields(self) if f.name not in ("slices", "cp_mesh")]
-        return len(self.slices), self.digest, *others
+        return len(self.slices), self.digest, self.num_nodes, *others
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DistAttnRuntimeKey):

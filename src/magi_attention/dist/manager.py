@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +14,19 @@ import torch.distributed as dist
 
 from magi_attention import env
 from magi_attention.common.intervals import Intervals
-from magi_attention.config import SequentialDispatchAlg
+from magi_attention.config import BalancedDispatchAlg, SequentialDispatchAlg
 from magi_attention.dist.chunks import cut, cuts_of
+from magi_attention.dist.cost import Heads, strategy
 from magi_attention.dist.exchange import Exchange, Share
+from magi_attention.dist.explain import explain_plan
 from magi_attention.dist.group import ranks_of
+from magi_attention.dist.heads import HeadWork, attend_by_heads, can_split
 from magi_attention.dist.key import DistAttnRuntimeKey
 from magi_attention.dist.placement import place
-from magi_attention.dist.runtime import Work
+from magi_attention.dist.runtime import Work, attend
 from magi_attention.dist.shard import Shards
 from magi_attention.errors import complaint
+from magi_attention.mask import Mask
 from magi_attention.mask.bands import Bands
 from magi_attention.mask.slices import bands_of
 
@@ -31,7 +36,7 @@ class DistAttnRuntimeMgr:
 
     Attributes:
         key: whose. q_shards, k_shards: which queries and which keys each rank holds.
-        share: what this rank computes and receives.
+        share: what this rank computes and receives; None if heads travel.
     """
 
     def __init__(self, key: DistAttnRuntimeKey, q_shards: Shards | None, k_shards: Shards | None) -> None:
@@ -40,7 +45,7 @@ class DistAttnRuntimeMgr:
         if k_shards is None:
             k_shards = self.q_shards if key.is_same_source else self._keys()
         self.k_shards = k_shards
-        self._works: dict[torch.device, Work] = {}
+        self._works: dict[torch.device, Work | HeadWork] = {}
         self.share = self._planned()
 
     @cached_property
@@ -56,7 +61,8 @@ class DistAttnRuntimeMgr:
         if config.uneven_shard and length < key.cp_size:  # the last ranks have nothing
             return self._shards([chunks.rows[n : n + 1] for n in range(key.cp_size)], length - key.pad_size)
         alg = config.alg if key.is_q_permutable else SequentialDispatchAlg()
-        parts = place(alg, chunks, key.cp_size)
+        num_nodes = key.num_nodes if isinstance(alg, BalancedDispatchAlg) else 1
+        parts = place(alg, chunks, key.cp_size, num_nodes)
         return self._shards([chunks.rows[part] for part in parts], length - key.pad_size)
 
     def _keys(self) -> Shards:
@@ -68,13 +74,42 @@ class DistAttnRuntimeMgr:
     def _shards(self, ranges: list[Intervals], length: int) -> Shards:
         return Shards(length, ranges, dist.get_rank(self.key.cp_group), self.key.cp_group)
 
-    def _planned(self) -> Share:
-        config = self.key.dist_attn_config.overlap_config
-        degree = config.dynamic_max_degree if config.degree is None else max(config.degree, 1)
-        exchange = Exchange(
-            self._bands, self.q_shards.ranges, self.k_shards.ranges, degree or config.max_num_chunks
-        )
-        return exchange.share(self.q_shards.rank)
+    @cached_property
+    def heads(self) -> Heads:
+        """What a row consists of; of models of today where the key does not say it."""
+        key = self.key
+        num_heads_kv = key.num_heads_kv or 8
+        return Heads(key.num_heads_q or 4 * num_heads_kv, num_heads_kv, key.head_dim or 128)
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """What each rank computes and receives."""
+        overlap = self.key.dist_attn_config.overlap_config
+        ranges = self.q_shards.ranges, self.k_shards.ranges
+        return Exchange.of(self._bands, *ranges, overlap, self.heads, num_nodes=self.key.num_nodes)
+
+    def _planned(self) -> Share | None:
+        return None if self.splits_heads else self.exchange.share(self.q_shards.rank)
+
+    @cached_property
+    def splits_heads(self) -> bool:
+        """Whether heads travel instead of keys.
+
+        Raises:
+            ValueError: they are meant to, and the ranks do not divide them.
+        """
+        key, asked = self.key, self.key.dist_attn_config.strategy
+        known = None not in (key.num_heads_q, key.num_heads_kv, key.head_dim)
+        possible = known and can_split(self.heads.num_heads_q, self.heads.num_heads_kv, key.cp_size)
+        if asked == "heads" and not possible:
+            expected = f"num_heads_q, num_heads_kv and head_dim of the key, multiples of {key.cp_size} ranks"
+            got = (key.num_heads_q, key.num_heads_kv, key.head_dim)
+            raise ValueError(complaint("strategy 'heads'", expected, got, "Use strategy='keys'."))
+        if asked != "auto" or not possible or key.cp_size == 1:
+            return asked == "heads"
+        loads = self.exchange.loads(key.num_nodes)
+        what, _ = strategy(loads, self.heads, degree=self.exchange.degree, num_nodes=key.num_nodes)
+        return what == "heads"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,12 +119,26 @@ class DistAttnRuntimeMgr:
             found.update(np.ascontiguousarray(ranges, dtype=np.int64).tobytes() + b";")
         return found.hexdigest()
 
-    def work(self, device: torch.device) -> Work:
-        """The share on ``device``; copied there once."""
-        found = self._works.get(device)
-        if found is None:
-            found = self._works[device] = Work.of(self.share, device, self.key.cp_group)
-        return found
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> tuple:
+        """``runtime.attend`` of this rank's rows, or ``heads.attend_by_heads``."""
+        work = self._works.get(q.device)
+        if work is None:
+            work = self._works[q.device] = self._work(q.device)
+        return (attend_by_heads if isinstance(work, HeadWork) else attend)(q, k, v, work, **settings)
+
+    def _work(self, device: torch.device) -> Work | HeadWork:
+        key, overlap = self.key, self.key.dist_attn_config.overlap_config
+        if self.splits_heads:
+            mask = Mask(self._bands, key.total_seqlen_q, key.total_seqlen_k)
+            return HeadWork(mask, self.q_shards, self.k_shards)
+        assert self.share is not None
+        return Work.of(
+            self.share, device, key.cp_group, hides_tail=overlap.hide_tail, sm_margin=overlap.sm_margin
+        )
+
+    def explain(self) -> str:
+        """Balance, keys and bytes to receive, stages and estimated times, as text."""
+        return explain_plan(self.exchange, self.heads, num_nodes=self.key.num_nodes)
 
 
 class DistAttnRuntimeDictManager:
