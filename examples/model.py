@@ -10,17 +10,26 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from magi_attention import Mask, attention
+from magi_attention.api import DistAttnRuntimeKey, calc_attn
+
+Sight = Mask | DistAttnRuntimeKey
+"""Which token sees which: a mask over all tokens, or the key of one over tokens that are dealt to ranks."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder. ``attention_dtype`` is what q, k and v are rounded to before attention."""
+    """The sizes of a decoder. ``attention_dtype`` is what q, k and v are rounded to before attention.
+
+    With ``checkpoint`` a layer keeps only its input, and is computed again in the backward.
+    """
 
     vocabulary: int
     attention_dtype: torch.dtype
     backend: str
+    checkpoint: bool = False
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2
@@ -48,9 +57,13 @@ class SelfAttention(nn.Module):
         dtype = self.shape.attention_dtype
         return rotate(q, angles_TD).to(dtype), rotate(k, angles_TD).to(dtype), v.to(dtype)
 
-    def forward(self, x_TC: Tensor, angles_TD: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x_TC: Tensor, angles_TD: Tensor, sight: Sight) -> Tensor:
         q, k, v = self.project(x_TC, angles_TD)
-        out_THD, _ = attention(q, k, v, mask, sink=self.sink, deterministic=True, backend=self.shape.backend)
+        if isinstance(sight, Mask):
+            backend = self.shape.backend
+            out_THD, _ = attention(q, k, v, sight, sink=self.sink, deterministic=True, backend=backend)
+        else:
+            out_THD, _ = calc_attn(q, k, v, sight, sink=self.sink)
         return self.output(out_THD.flatten(1).to(x_TC.dtype))
 
 
@@ -75,13 +88,13 @@ class Layer(nn.Module):
         self.mlp_norm = nn.RMSNorm(shape.channels)
         self.mlp = SwiGLU(shape.channels, 3 * shape.channels)
 
-    def forward(self, x_TC: Tensor, angles_TD: Tensor, mask: Mask) -> Tensor:
-        x_TC = x_TC + self.attention(self.attention_norm(x_TC), angles_TD, mask)
+    def forward(self, x_TC: Tensor, angles_TD: Tensor, sight: Sight) -> Tensor:
+        x_TC = x_TC + self.attention(self.attention_norm(x_TC), angles_TD, sight)
         return x_TC + self.mlp(self.mlp_norm(x_TC))
 
 
 class Decoder(nn.Module):
-    """Tokens (T,) and their positions (T,) to logits (T, vocabulary); one ``mask`` serves every layer."""
+    """Tokens (T,) and their positions (T,) to logits (T, vocabulary); one mask or key serves every layer."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -91,11 +104,14 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(shape.channels)
         self.logits = nn.Linear(shape.channels, shape.vocabulary, bias=False)
 
-    def forward(self, inputs_T: Tensor, positions_T: Tensor, mask: Mask) -> Tensor:
+    def forward(self, inputs_T: Tensor, positions_T: Tensor, sight: Sight) -> Tensor:
         x_TC = self.embedding(inputs_T)
         angles_TD = rotation_angles(positions_T, self.shape.head_dim)
         for layer in self.layers:
-            x_TC = layer(x_TC, angles_TD, mask)
+            if self.shape.checkpoint:
+                x_TC = checkpoint(layer, x_TC, angles_TD, sight, use_reentrant=False)
+            else:
+                x_TC = layer(x_TC, angles_TD, sight)
         return self.logits(self.norm(x_TC))
 
 

@@ -3,10 +3,15 @@
     python examples/train_packed_documents.py
     python examples/train_packed_documents.py --mask window --window 512 --keep-first 4
     python examples/train_packed_documents.py --mask block-causal --block 64 --device cuda --tokens 65536
+    python examples/train_packed_documents.py --cp 2
+    torchrun --nproc-per-node 8 examples/train_packed_documents.py --tokens 262144 --checkpoint
 
 The documents are the source files of Python's own standard library, read as bytes. No step is padded, and no
 document sees another one: the mask says so, and attention does no work for what it hides. At the end the
 attention of the trained model is compared with the definition in float64, forward and backward.
+
+With --cp, or under torchrun, every step's sequence is dealt to several processes, and so are the weights: a run on one
+or more GPUs each, or on the CPU, whose losses are those of one process.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +38,13 @@ import torch.nn.functional as F
 from model import Decoder, Shape
 from oracle import compare_with_oracle
 from packing import IGNORED, MASKS, VOCABULARY, Packed, mask_for, packed_steps, read_documents, with_blanks
+from parallel import Ranks, is_first_launched, join, launch, num_here, num_launched
 from report import print_table, progress_bar, save_pictures
 
 from magi_attention import Mask
 from magi_attention.kernels.select import BACKENDS, Request, choose_backend, refusal
 from magi_attention.testing import Figure
+from magi_attention.utils import clearup_dist_env
 
 LEARNING_RATE = 4e-3
 CLIP_NORM = 1.0
@@ -45,7 +53,7 @@ SAMPLE_TOKENS = 1024
 """Tokens of the comparison with the definition, which needs memory for their square."""
 OF_ONE_MASK = {"window": ("window", 256), "keep_first": ("window", 4), "block": ("block-causal", 64)}
 """The options that belong to one mask: which one, and the default."""
-LOWEST = {"tokens": 64, "steps": 1, "window": 1, "keep_first": 0, "block": 1, "seed": 0}
+LOWEST = {"tokens": 64, "steps": 1, "window": 1, "keep_first": 0, "block": 1, "seed": 0, "cp": 1}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ class Step:
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked: a wrong argument ends the program with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser.error = lambda message: parser.exit(
+        2, f"{parser.prog}: error: {message}\n" if is_first_launched() else None
+    )
     add = parser.add_argument
     add("--mask", choices=MASKS, default="varlen", help="what a token sees of its own document (varlen)")
     add("--window", type=int, help="with --mask window: how many tokens before its own a token sees (256)")
@@ -71,6 +81,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=int, help="tokens per step (2560 on a CPU, 32768 on a GPU)")
     add("--seed", type=int, default=0, help="the same seed on the same machine is the same run (0)")
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU when there is one)")
+    add("--cp", type=int, help="processes that share each step's tokens, and the weights (1, or torchrun's)")
+    add("--checkpoint", action="store_true", help="compute layers again in the backward, to save memory")
     add("--backend", choices=BACKENDS, help="attention backend (the library chooses)")
     add("--out", type=Path, default=Path("out"), help="folder for loss.png and mask.png (out)")
     add("--json", type=Path, help="write the summary to this file, too")
@@ -94,11 +106,13 @@ def check(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, default)
         elif arguments.mask != mask:
             raise ValueError(f"argument {flag(name)}: works with --mask {mask}, not with {arguments.mask}")
+    arguments.cp = (num_launched() or 1) if arguments.cp is None else arguments.cp
     for name, lowest in LOWEST.items():
         if getattr(arguments, name) < lowest:
             raise ValueError(
                 f"argument {flag(name)}: expected at least {lowest}, got {getattr(arguments, name)}"
             )
+    check_processes(arguments)
     request = Request(arguments.device.type, arguments.attention_dtype, Shape.head_dim, Shape.head_dim)
     if arguments.backend and (reason := refusal(arguments.backend, request)):
         raise ValueError(f"argument --backend: {arguments.backend} cannot run here: {reason}")
@@ -110,6 +124,23 @@ def check(arguments: argparse.Namespace) -> None:
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise ValueError(f"argument --{name}: cannot write into {folder}: {error.strerror}") from None
+
+
+def check_processes(arguments: argparse.Namespace) -> None:
+    """ValueError with one line for a number of processes that cannot be, or with what does not go with several."""
+    launched = num_launched()
+    if launched not in (None, arguments.cp):
+        raise ValueError(f"argument --cp: expected {launched}, as torchrun started, got {arguments.cp}")
+    if arguments.cp == 1:
+        return
+    if arguments.backend:
+        raise ValueError("argument --backend: works with --cp 1 only, several processes choose by themselves")
+    if arguments.device.type == "cuda":
+        here, found = num_here() if launched else arguments.cp, torch.cuda.device_count()
+        if here > found:
+            raise ValueError(f"argument --cp: {here} processes here, but PyTorch finds {found} GPUs")
+        if arguments.device.index is not None:
+            raise ValueError(f"argument --device: expected cuda with --cp, got {arguments.device}")
 
 
 def flag(name: str) -> str:
@@ -129,11 +160,11 @@ def available_device(name: str | None) -> torch.device:
     return device
 
 
-def make_model(arguments: argparse.Namespace) -> Decoder:
+def make_model(arguments: argparse.Namespace, device: torch.device) -> Decoder:
     """A decoder with seeded fp32 weights."""
     torch.manual_seed(arguments.seed)
-    shape = Shape(VOCABULARY, arguments.attention_dtype, arguments.backend)
-    return Decoder(shape).to(arguments.device)
+    shape = Shape(VOCABULARY, arguments.attention_dtype, arguments.backend, arguments.checkpoint)
+    return Decoder(shape).to(device)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -144,13 +175,15 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * (0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def train(model: Decoder, documents: list[bytes], arguments: argparse.Namespace) -> tuple[list[Step], Mask]:
+def train(
+    model: Decoder, documents: list[bytes], arguments: argparse.Namespace, ranks: Ranks
+) -> tuple[list[Step], Mask]:
     """Train for ``--steps`` steps; returns what each one left behind, and the last one's mask."""
     rng = np.random.default_rng(arguments.seed)
     batches = packed_steps(documents, arguments.tokens, rng)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     history: list[Step] = []
-    with progress_bar(arguments.steps) as show:
+    with progress_bar(arguments.steps) if ranks.is_first else nullcontext(lambda *_: None) as show:
         for number, packed in zip(range(arguments.steps), batches, strict=False):
             begin = time.perf_counter()
             # One mask per step: it is planned once, and every layer works from that plan.
@@ -159,21 +192,23 @@ def train(model: Decoder, documents: list[bytes], arguments: argparse.Namespace)
                 packed = with_blanks(packed, BLANK_FRACTION, rng)
             optimizer.param_groups[0]["lr"] = learning_rate(number, arguments.steps)
             optimizer.zero_grad()
-            loss = loss_of(model, packed, mask)
-            loss.backward()
+            loss = loss_of(model, packed, mask, ranks)
+            # FSDP2 takes the mean of the ranks' gradients, of which we want the sum.
+            (loss * ranks.size).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
-            value, seconds = loss.item(), time.perf_counter() - begin
+            value, seconds = ranks.total(loss), time.perf_counter() - begin
             history.append(Step(value, seconds, packed.num_documents, mask.area / arguments.tokens**2))
             show(number + 1, value, arguments.tokens / seconds)
     return history, mask
 
 
-def loss_of(model: Decoder, packed: Packed, mask: Mask) -> torch.Tensor:
-    """Mean cross entropy in nats over the positions that predict something."""
-    arrays = (packed.inputs, packed.targets, packed.positions)
-    inputs, targets, positions = (torch.from_numpy(a).to(model.embedding.weight.device) for a in arrays)
-    return F.cross_entropy(model(inputs, positions, mask), targets, ignore_index=IGNORED)
+def loss_of(model: Decoder, packed: Packed, mask: Mask, ranks: Ranks) -> torch.Tensor:
+    """This rank's part of the mean cross entropy in nats over all positions that predict something."""
+    inputs, targets, positions, sight = ranks.deal(packed, mask)
+    logits = model(inputs, positions, sight)
+    predicted = int((packed.targets != IGNORED).sum())
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / predicted
 
 
 def check_attention(model: Decoder, documents: list[bytes], arguments: argparse.Namespace) -> list[Figure]:
@@ -191,6 +226,7 @@ def summarize(history: list[Step], errors: list[Figure], arguments: argparse.Nam
     return {
         "mask": arguments.mask,
         "device": str(arguments.device),
+        "processes": arguments.cp,
         "backend": arguments.backend,
         "steps": len(history),
         "tokens_per_step": arguments.tokens,
@@ -198,6 +234,7 @@ def summarize(history: list[Step], errors: list[Figure], arguments: argparse.Nam
         "mask_density": float(np.mean([step.density for step in history])),
         "loss_first": float(np.mean(losses[:edge])),
         "loss_last": float(np.mean(losses[-edge:])),
+        "losses": losses,
         "tokens_per_second": arguments.tokens / float(np.median([step.seconds for step in history])),
         "seconds": sum(step.seconds for step in history),
         "errors": {e.name: {"ours": e.error[0], "plain": e.plain[0], "within_rule": e.ok} for e in errors},
@@ -225,23 +262,39 @@ def print_summary(summary: dict) -> None:
             )
         )
     title = f"{summary['steps']} steps of {summary['tokens_per_step']:,} tokens in {summary['seconds']:.1f} s"
-    print_table(title, rows)
+    on = f" on {summary['processes']} processes" if summary["processes"] > 1 else ""
+    print_table(title + on, rows)
 
 
 def main() -> int:
     """0 when the trained model's attention agrees with its definition, else 1."""
     arguments = parse_arguments()
+    if arguments.cp > 1 and not num_launched():
+        launch(arguments.cp)
+        return 0
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # It costs time and changes no result.
+    ranks = join(arguments.cp, arguments.device)
+    try:
+        return run(arguments, ranks)
+    finally:
+        clearup_dist_env()
+
+
+def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    """Train, and on the first rank compare, print and write."""
     documents = read_documents(longest=arguments.tokens // 2)
-    model = make_model(arguments)
+    model = make_model(arguments, ranks.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{len(documents):,} documents, {sum(map(len, documents)):,} bytes; {parameters:,} parameters",
-        flush=True,
-    )
-    history, mask = train(model, documents, arguments)
-    summary = summarize(history, check_attention(model, documents, arguments), arguments)
+    if ranks.is_first:
+        size = sum(map(len, documents))
+        print(f"{len(documents):,} documents, {size:,} bytes; {parameters:,} parameters", flush=True)
+    ranks.shard(model)
+    history, mask = train(model, documents, arguments, ranks)
+    whole = ranks.gather(model, make_model(arguments, ranks.device))
+    if not ranks.is_first:
+        return 0
+    summary = summarize(history, check_attention(whole, documents, arguments), arguments)
     print_summary(summary)
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
