@@ -10,8 +10,8 @@ The documents are the source files of Python's own standard library, read as byt
 document sees another one: the mask says so, and attention does no work for what it hides. At the end the
 attention of the trained model is compared with the definition in float64, forward and backward.
 
-With --cp, or under torchrun, every step's sequence is dealt to several processes, and so are the weights: a run on one
-or more GPUs each, or on the CPU, whose losses are those of one process.
+With --cp, or under torchrun, every step's sequence is dealt to several processes, with a GPU each or on the
+CPU, and so are the weights. The losses are those of one process.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import re
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from magi_attention.api import flex_flash_attn_func
+from magi_attention import config
+from magi_attention.api import flex_flash_attn_func, magi_attn_interface
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("flex_flash_attention.md", "masks.md", "numerics.md", "swaa.md")
+PAGES = ("context_parallel.md", "flex_flash_attention.md", "masks.md", "numerics.md", "swaa.md")
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", flags=re.DOTALL)
 EXAMPLES = [(page, *found) for page in PAGES for found in BLOCK.findall((DOCS / page).read_text())]
 
@@ -36,3 +38,13 @@ def test_the_page_names_every_argument() -> None:
     assert [
         name for name in inspect.signature(flex_flash_attn_func).parameters if f"`{name}`" not in text
     ] == []
+
+
+def test_the_page_of_context_parallelism_names_all_there_is() -> None:
+    text = (DOCS / "context_parallel.md").read_text()
+    algorithms = [
+        name for name in config.__all__ if name.endswith("Alg") and name not in ("DispatchAlg", "OverlapAlg")
+    ]
+    settings = [field.name for field in dataclasses.fields(config.OverlapConfig)]
+    functions = [name for name in magi_attn_interface.__all__ if name != "roll_simple"]
+    assert [name for name in algorithms + settings + functions if not re.search(rf"\b{name}\b", text)] == []

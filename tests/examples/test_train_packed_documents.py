@@ -1,4 +1,4 @@
-"""The training example runs, learns, agrees with the definition, on several processes too, and refuses wrong arguments."""
+"""The training example learns, agrees with the definition, also on several processes, and refuses wrong arguments."""
 
 from __future__ import annotations
 
