@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.run import main as torchrun
 
 from magi_attention import Mask
-from magi_attention.api import dispatch, magi_attn_flex_key
+from magi_attention.api import clear_cache, dispatch, magi_attn_flex_key
 from magi_attention.utils import setup_dist_env
 
 
@@ -58,6 +58,7 @@ class Ranks:
         inputs, targets, positions = (torch.from_numpy(array).to(self.device) for array in arrays)
         if self.mesh is None:
             return inputs, targets, positions, mask
+        clear_cache(self.mesh)  # No mask comes again, so that older plans would only take memory.
         key = magi_attn_flex_key(*mask.to_slices(), mask.num_rows, mask.num_cols, cp_group_or_mesh=self.mesh)
         # Padding has a token and a position like any other, but no target, so that it adds nothing to the loss.
         return dispatch(inputs, key), dispatch(targets, key, IGNORED), dispatch(positions, key), key
