@@ -3,19 +3,18 @@
     torchrun --nproc-per-node 2 benchmarks/context_parallel.py --json benchmarks/results/context-parallel-2.json
 
 Every subject is compared with one device before it is timed: out and the gradients of this rank's rows. TFLOP/s are per
-GPU, of the slowest rank. "kernel alone" is the same work a GPU without anything to wait for: all tokens, some of the heads.
+GPU, of the slowest rank. "kernel alone" is the same work a GPU without anything to wait for: all tokens, some of the
+heads.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,8 +46,12 @@ WORST = 1e-2
 DYNAMIC = OverlapConfig(mode=AttnOverlapMode.DYNAMIC, degree=None)
 CONFIGS = {
     OURS: DistAttnConfig(DispatchConfig(alg=BalancedDispatchAlg()), DYNAMIC),
-    "ours, degree 0": DistAttnConfig(DispatchConfig(alg=BalancedDispatchAlg()), OverlapConfig(degree=0), strategy="keys"),
-    "ours, degree 1": DistAttnConfig(DispatchConfig(alg=BalancedDispatchAlg()), OverlapConfig(degree=1), strategy="keys"),
+    "ours, degree 0": DistAttnConfig(
+        DispatchConfig(alg=BalancedDispatchAlg()), OverlapConfig(degree=0), strategy="keys"
+    ),
+    "ours, degree 1": DistAttnConfig(
+        DispatchConfig(alg=BalancedDispatchAlg()), OverlapConfig(degree=1), strategy="keys"
+    ),
     "ours, min-heap": DistAttnConfig(DispatchConfig(alg=MinHeapDispatchAlg()), DYNAMIC),
 }
 AIMS = {
@@ -121,7 +124,9 @@ class Subject:
         torch.autograd.grad(out, self.leaves, self.dout)
         stamps[3].record()
         torch.cuda.synchronize()
-        times = torch.tensor([stamps[0].elapsed_time(stamps[1]), stamps[2].elapsed_time(stamps[3])], device=out.device)
+        times = torch.tensor(
+            [stamps[0].elapsed_time(stamps[1]), stamps[2].elapsed_time(stamps[3])], device=out.device
+        )
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         for direction, value in zip(self.seconds, times.tolist(), strict=True):
             self.seconds[direction].append(value * 1e-3)
@@ -169,15 +174,14 @@ def measure(report: Report, name: str, tokens: int, args: argparse.Namespace, de
         for direction, samples in subject.seconds.items():
             low, median, high = np.quantile(samples, [0.25, 0.5, 0.75]).tolist()
             row = Row(name, tokens, HEADS, KV_HEADS, HEAD_DIM, "bf16", direction, subject.name,
-                      subject.name in CONFIGS, mask.area // ranks)  # fmt: skip
+                      subject.name == OURS, mask.area // ranks)  # fmt: skip
             row.rounds, row.timed = args.rounds, "events around one call, slowest rank"
             row.check = {n: {"relative": e} for n, e in errors.get(subject.name, {}).items()}
             row.fill({"seconds": median, "seconds_q1": low, "seconds_q3": high})
-            report.rows.append(row)
-            say(row.line())
+            report.add([row])
     ours = next(subject for subject in subjects if subject.name == OURS)
-    say(dist_attn_runtime_dict_mgr[ours.key].explain())
-    aims(report, name, tokens)
+    report.add_cost(f"plan of {name} {tokens}", dist_attn_runtime_dict_mgr[ours.key].explain())
+    add_targets(report, name, tokens)
     del subjects
     gc.collect()
     torch.cuda.empty_cache()
@@ -197,28 +201,27 @@ def reference(mask: Mask, data: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
 
 
-def aims(report: Report, name: str, tokens: int) -> None:
+def add_targets(report: Report, name: str, tokens: int) -> None:
     """Compare with what is wanted."""
     for direction in ("forward", "backward"):
-        rows = {r.subject: r for r in report.rows if (r.mask, r.tokens, r.direction) == (name, tokens, direction)}
+        rows = {
+            r.subject: r for r in report.rows if (r.mask, r.tokens, r.direction) == (name, tokens, direction)
+        }
         over_alone, over_peers = AIMS[name, direction]
         ours = rows[OURS].tflops or 0.0
         what = f"{name} {tokens} {direction}"
         if over_alone is not None:
-            report.aim(f"{what}: ours / kernel alone", ours / (rows[ALONE].tflops or 1.0), over_alone)
+            report.add_target(f"{what}: ours / kernel alone", ours / (rows[ALONE].tflops or 1.0), over_alone)
         best = max((rows[peer].tflops or 0.0 for peer in PEERS if peer in rows), default=0.0)
         if best:
-            report.aim(f"{what}: ours / best of {', '.join(PEERS)}", ours / best, over_peers)
-
-
-def say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
+            report.add_target(f"{what}: ours / best of {', '.join(PEERS)}", ours / best, over_peers)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line, under torchrun."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", nargs="+", default=["causal:65536", "varlen_causal:65536", "window:65536"])
     parser.add_argument("--subjects", nargs="+", default=[*CONFIGS, *PEERS])
     parser.add_argument("--rounds", type=int, default=7)
@@ -228,12 +231,14 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    report = Report(environment(device, args.commit), {"ranks": dist.get_world_size(), "rounds": args.rounds})
+    is_first = dist.get_rank() == 0
+    if not is_first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the end
+    arguments = {"ranks": dist.get_world_size(), "rounds": args.rounds}
+    report = Report(environment(device, args.commit), arguments, args.json if is_first else None)
     for work in args.work:
         name, _, tokens = work.partition(":")
         measure(report, name, int(tokens), args, device)
-        if args.json and dist.get_rank() == 0:
-            report.write(args.json)
     dist.destroy_process_group()
     return 0
 

@@ -90,7 +90,9 @@ def _gathered(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: list[Mask]) -> torch.Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: list[Mask]
+    ) -> torch.Tensor:  # type: ignore[override]
         rank, ranks = dist.get_rank(), len(masks)
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)

@@ -36,6 +36,8 @@ class Case:
     attn: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     heads: tuple[int, int] = (4, 2)
+    dims: tuple[int, int] = (16, 8)
+    strategy: str = "keys"
 
 
 def slices(*parts: tuple, size: tuple[int, int]) -> Mask:
@@ -132,19 +134,20 @@ def drawn(seed: int) -> Case:
     )
 
 
-def inputs(case: Case, seed: int) -> dict[str, torch.Tensor]:
+def inputs(case: Case, seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """q, k, v, perhaps a sink, and the gradients of out and lse, the same on every rank."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(device, dtype)
 
     rows, cols = case.mask.num_rows, case.mask.num_cols
     heads, kv_heads = case.heads
-    found = {"q": normal(rows, heads, 16), "k": normal(cols, kv_heads, 16), "v": normal(cols, kv_heads, 8)}
+    dim, dim_v = case.dims
+    found = {"q": normal(rows, heads, dim), "k": normal(cols, kv_heads, dim), "v": normal(cols, kv_heads, dim_v)}
     if case.sink:
         found["sink"] = normal(case.sink, heads, dtype=torch.promote_types(case.dtype, torch.float32))
-    return found | {"dout": normal(rows, heads, 8), "dlse": normal(rows, heads, dtype=torch.float64)}
+    return found | {"dout": normal(rows, heads, dim_v), "dlse": normal(rows, heads, dtype=torch.float64)}
 
 
 def results(out: torch.Tensor, lse: torch.Tensor, leaves: dict[str, torch.Tensor], given: dict) -> dict:
@@ -175,9 +178,10 @@ def on_all_ranks(case: Case, given: dict[str, torch.Tensor], group: dist.Process
         case.mask.num_rows,
         case.mask.num_cols,
         cp_group_or_mesh=group,
-        dist_attn_config=DistAttnConfig(dispatch_config, case.overlap),
+        dist_attn_config=DistAttnConfig(dispatch_config, case.overlap, strategy=case.strategy),
         num_heads_q=case.heads[0],
         num_heads_kv=case.heads[1],
+        head_dim=case.dims[0],
         **case.key,
     )
     leaves = {name: given[name].detach().clone().requires_grad_() for name in ("q", "k", "v", "sink") if name in given}

@@ -26,7 +26,7 @@ def outcomes(program: str, ranks: int, *arguments: str, **variables: str) -> lis
     command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
     processes = [
         subprocess.Popen(
-            command, env={**os.environ, **places, **variables, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+            command, env={**os.environ, **places, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
         )
         for rank in range(ranks)
     ]

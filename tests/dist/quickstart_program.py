@@ -1,6 +1,6 @@
 """The documented example of context parallelism, word for word but for sizes and dtype; run by torchrun.
 
-Arguments: the dtype, and a folder for what each rank finds.
+Arguments: the dtype, or "verbatim" for the sizes and dtype of the document, and a folder for what each rank finds.
 """
 
 from __future__ import annotations
@@ -25,25 +25,30 @@ SMALLER = {
 }
 
 
+VERBATIM = "verbatim"
+
+
 def example(dtype: str) -> str:
-    """The code, with ranges and sizes of few tokens."""
+    """The code, with ranges and sizes of few tokens unless it is wanted as it is."""
     section = DOCUMENT.read_text().split(f"## {SECTION}\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    if dtype == VERBATIM:
+        return code
     for old, new in {**SMALLER, "torch.bfloat16": f"torch.{dtype}"}.items():
         assert old in code, old
         code = code.replace(old, new)
     return re.sub(r"\b(\d{4,5})(?=[,\]])", lambda number: str(int(number[1]) // 64), code)
 
 
-def on_one_device(names: dict) -> dict[str, torch.Tensor]:
-    """The same without ranks, in fp64."""
-    x = names["x"].detach().double().requires_grad_()
-    layers = [names[name].double() for name in ("q_proj", "k_proj", "v_proj")]
+def on_one_device(names: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same without ranks."""
+    x = names["x"].detach().to(dtype).requires_grad_()
+    layers = [names[name].to(dtype) for name in ("q_proj", "k_proj", "v_proj")]
     for layer in layers:
         layer.weight.grad = None
     heads = names["num_heads_q"], names["num_heads_kv"], names["num_heads_kv"]
     q, k, v = (layer(x).view(len(x), h, -1) for layer, h in zip(layers, heads, strict=True))
-    sink = names["global_sink"].detach().double().requires_grad_()
+    sink = names["global_sink"].detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     mask = Mask.from_ranges(names["q_ranges"], names["k_ranges"], "full", len(x), len(x))
     out, _ = attention(q, k, v, mask, sink=sink)
     out.sum().backward()
@@ -57,9 +62,10 @@ def main() -> None:
     names: dict = {}
     exec(example(dtype), names)
     found = {"out": names["total_out"].detach(), "dx": names["dx"], "dq_proj": names["dq_proj"].clone(), "dsink": names["dsink"]}
+    truth = torch.bfloat16 if dtype == VERBATIM else torch.float64
     assert names["local_lse"].dtype == (torch.float64 if dtype == "float64" else torch.float32)
     rank = names["rank"]
-    torch.save({"found": found, "truth": on_one_device(names)}, Path(folder) / f"{rank}.pt")
+    torch.save({"found": found, "truth": on_one_device(names, truth)}, Path(folder) / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from magi_attention.dist.chunks import Chunks, Ints, spread
 
 FEW = 16
 """Bins that are filled at once; more are filled in groups."""
-GROUPED, ALONE = 256, 512
+GROUPED, ALONE = 128, 512
 """Items to deal to groups, and to ranks: of more chunks, neighbours are kept together where they divide."""
 MOST = 1024
 """Items that are swapped; with more the start is what is found."""
-PATIENT, STRICT = 300, 1000
-"""Price of exceeding the limit twofold: times the mean square of what is received, first of one bin, then of all."""
+PRICES = ((300, 0), (0, 1000), (10, 0), (0, 1000))
+"""Of exceeding the limit twofold, one after the other: times the mean cost of a bin, and times that of all bins. The work
+may exceed the limit meanwhile, but hardly in the end."""
 HEAVY = 5
 """Chunks of which a rank takes fewer than this are counted when groups are filled, lest there be too many for it."""
 AGAIN = 3
@@ -106,7 +107,6 @@ def balanced(chunks: Chunks, room: Ints, slack: float, rounds: int, num_groups: 
     least = int(light[-1] + light[: room.min() - 1].sum())
     limit = max(int((1 + slack) * int(light.sum())) // len(room), least, 1)
     work = np.column_stack([chunks.work, _parts_of_ranks(chunks.work, limit)])
-    rounds = rounds if len(room) <= FEW else rounds // 2
     size = len(room) // num_groups
     todo = [(np.arange(len(chunks)), _groups(np.arange(len(room)), size))]
     while todo:
@@ -121,7 +121,9 @@ def balanced(chunks: Chunks, room: Ints, slack: float, rounds: int, num_groups: 
         items = Items.of(chunks, mine, np.arange(len(mine)) // together, work[:, : 1 + grouped])
         bins = deal(items, rooms // together, limits[:, : 1 + grouped])
         if len(items) <= MOST:
-            bins = Swaps(items, bins, limits[:, : 1 + grouped]).improved(rounds)
+            bins = Swaps(items, bins, limits[:, : 1 + grouped]).improved(
+                rounds if len(room) <= FEW else rounds // 2
+            )
         bins = np.repeat(bins, together)
         for number, part in enumerate(parts):
             if len(part) > 1:
@@ -158,19 +160,14 @@ def _even_out(chunks: Chunks, rank: Ints, limit: int, num_ranks: int) -> None:
             if len(mine) <= MOST:
                 items = Items.of(chunks, mine, np.arange(len(mine)), chunks.work[:, None])
                 swaps = Swaps(items, place[rank[mine]], np.full((len(members), 1), limit))
-                rank[mine] = members[swaps.improved(2)]
+                rank[mine] = members[swaps.improved(len(PRICES))]
 
 
 def _groups(ranks: Ints, size: int) -> list[Ints]:
-    """At most ``FEW`` groups of ranks, or each rank alone; ``size`` neighbours stay together as long as they can."""
-    if len(ranks) <= FEW:
-        unit = size if len(ranks) > size and len(ranks) % size == 0 else 1
-        count = len(ranks) // unit
-    else:
-        count = min(FEW, -(-len(ranks) // FEW))
-        units = len(ranks) // size if len(ranks) > size else len(ranks)
-        count = max(number for number in range(1, count + 1) if units % number == 0) if units > 1 else count
-    return np.array_split(ranks, count)
+    """At most ``FEW`` groups: of one node each, or several if there are more, or of ranks within a node of ``size``."""
+    units = ranks.reshape(-1, size) if len(ranks) > size else ranks[:, None]
+    count = len(units) if len(units) <= FEW else min(FEW, -(-len(units) // FEW))
+    return [part.ravel() for part in np.array_split(units, count)]
 
 
 def _together(rooms: Ints, most: int) -> int:
@@ -195,32 +192,34 @@ def deal(items: Items, room: Ints, limit: Ints) -> Ints:
         (len(items.lengths), len(room)), dtype=np.int64
     )  # keys that a bin needs and does not hold
     free = np.repeat(items.lengths[:, None], len(room), axis=1)  # keys that it neither needs nor holds
-    received, loads, left = np.zeros(len(room), dtype=np.int64), -limit, room.copy()
+    received, loads, spare = np.zeros(len(room), dtype=np.int64), -limit, room - 1
+    loads[room == 0] = NEVER
     order = np.argsort(items.work[:, 0], kind="stable")[::-1]
-    light = np.append(0, np.cumsum(items.work[order[::-1], 0])).tolist()
+    # Bins are filled up with the lighter half of the items that are left: the mean of that.
+    halves = (len(items) - np.arange(len(items))) // 2 + 1
+    filling = (np.cumsum(items.work[order[::-1], 0])[np.minimum(halves, len(items)) - 1] // halves).tolist()
+    part = np.maximum(limit[:, 0] >> 8, 1)
     found = np.empty(len(items), dtype=np.int64)
-    for place, (item, weight) in enumerate(zip(order.tolist(), items.work[order], strict=True)):
-        more = np.zeros(len(room), dtype=np.int64)
+    for item, light in zip(order.tolist(), filling, strict=True):
+        more = np.zeros_like(received)
         for begin, end in needs[item]:
-            more += free[begin:end].sum(axis=0)
+            more += np.add.reduce(free[begin:end])
         for begin, end in holds[item]:
-            more -= wants[begin:end].sum(axis=0)
-        half = (len(items) - place) // 2 + 1  # the lighter ones of those that are left, which fill up bins
-        over = loads + weight
-        over[:, 0] += (left - 1) * light[half] // half
-        over = over.max(axis=1)
-        over[left == 0] = NEVER
-        if over.min() <= 0:
-            cost = more * (2 * received + more)  # growth of the square
-            cost[over > 0] = NEVER
-            best = np.flatnonzero(cost == cost.min())
-            choice = best[loads[best, 0].argmin()]
-        else:
-            choice = over.argmin()
+            more -= np.add.reduce(wants[begin:end])
+        over = loads + items.work[item]
+        over[:, 0] += spare * light
+        over = np.maximum.reduce(over, axis=1)
+        cost = (more * (2 * received + more) << 8) + loads[
+            :, 0
+        ] // part  # growth of the square, then the lightest
+        cost[over > 0] = NEVER
+        choice = int(cost.argmin())
+        if cost[choice] == NEVER:
+            choice = int(over.argmin())
         found[item] = choice
         received[choice] += more[choice]
-        loads[choice] += weight
-        left[choice] -= 1
+        loads[choice] = loads[choice] + items.work[item] if spare[choice] else NEVER
+        spare[choice] -= 1
         for begin, end in needs[item]:
             wants[begin:end, choice] += free[begin:end, choice]
             free[begin:end, choice] = 0
@@ -241,7 +240,7 @@ def _lists(table: Ints, num_items: int) -> list[list[tuple[int, int]]]:
 class Swaps:
     """A placement of items in bins that gets better by swapping two of them.
 
-    What is made smaller is a sum over bins: the square of the keys to receive, so that the bin with most counts, and a
+    What is made smaller is a sum over bins: the cube of the keys to receive, so that the bin with most counts, and a
     price for work above the limit that grows faster than that work.
     """
 
@@ -259,17 +258,18 @@ class Swaps:
         np.add.at(self.loads, bins, items.work)
         self.scale = np.maximum(limit.max(axis=0), 1).tolist()
         self.received = self._received(every)
-        self.shift = max(int(items.edges[-1]).bit_length() - 16, 0)  # squares stay below 1 << 32
-        self.mean = int(((self.received >> self.shift) ** 2).sum()) // len(limit) + 1
+        self.shift = max(int(self.received.max()).bit_length() - 12, 0)
         self.price = 0
+        self.mean = int(self._cost(self.received, []).sum()) // len(limit) + 1
         self.change = np.empty((len(items), len(items)), dtype=np.int64)
 
     def _received(self, bins: Ints) -> Ints:
-        return ((self.needs[:, bins] > 0) & (self.holds[:, bins] == 0)).T @ self.items.lengths
+        missing = (self.needs[:, bins] > 0) & (self.holds[:, bins] == 0)
+        return np.add.reduce(missing * self.lengths, axis=0, dtype=np.int64)
 
     def _cost(self, received: Ints, over: list[Ints]) -> Ints:
-        cost = (received >> self.shift) ** 2
-        for each, scale in zip(over, self.scale, strict=True):
+        cost = np.minimum(received >> self.shift, (1 << 13) - 1) ** 3
+        for each, scale in zip(over, self.scale, strict=False):
             if each.max() > 0:
                 parts = np.clip((each << 16) // scale, 0, 1 << 17)
                 cost += (parts + (parts * parts >> 12)) * self.price
@@ -294,16 +294,20 @@ class Swaps:
         self.change[rows] = change.T
 
     def improved(self, rounds: int) -> Ints:
-        """(n,) bins after the best swaps, ``rounds`` times or until none helps."""
-        for price, times in ((PATIENT, rounds // 2), (STRICT * len(self.limit), rounds - rounds // 2)):
-            self.price = (price * self.mean >> 16) + 1
+        """(n,) bins after the best swaps, in all ``rounds`` times or until none helps."""
+        best, found = (NEVER, NEVER), self.bin
+        for number, (one, every) in enumerate(PRICES):
+            self.price = ((one + every * len(self.limit)) * self.mean >> 16) + 1
             changed = np.ones(len(self.limit), dtype=bool)
-            for _ in range(times):
+            for _ in range(rounds * (number + 1) // len(PRICES) - rounds * number // len(PRICES)):
                 self._weigh(np.flatnonzero(changed[self.bin]))
                 changed = self._round()
                 if not changed.any():
                     break
-        return self.bin
+            state = int(np.maximum(self.loads, 0).sum()), int(self._cost(self.received, []).sum())
+            if state < best:
+                best, found = state, self.bin.copy()
+        return found
 
     def _round(self) -> NDArray[np.bool_]:
         """Swap once; which bins have changed."""

@@ -97,8 +97,8 @@ class Exchange:
         return max(*ends, int(self.bands[:, K1].max(initial=0)), 0) + 1
 
     @cached_property
-    def _pieces(self) -> tuple[Bands, Ints]:
-        """The mask cut to ranges of rows, tight and none empty, and whose they are."""
+    def pieces(self) -> tuple[Bands, Ints]:
+        """The mask cut to ranges of queries, tight and none empty, and whose each piece is."""
         ranges, rank = _gathered(self.queries)
         pieces, _, of = split(compact(self.bands), ranges, Q0)
         pieces = tighten(pieces)
@@ -108,7 +108,7 @@ class Exchange:
     @cached_property
     def seen(self) -> Intervals:
         """Keys that ranks' rows see, those of rank r moved by r * ``stride``; merged."""
-        pieces, rank = self._pieces
+        pieces, rank = self.pieces
         return merge(stack(pieces[:, K0 : K1 + 1], rank, self.stride))
 
     @cached_property
@@ -154,7 +154,7 @@ class Exchange:
 
     def loads(self, num_nodes: int = 1) -> Loads:
         """What each rank computes and receives, nodes having as many neighbouring ranks each."""
-        pieces, rank = self._pieces
+        pieces, rank = self.pieces
         moved = _moved(pieces, rank, self.stride)
         own, piece, _ = split(moved, self.own, K0)
         ours = _sums(areas(own), rank[piece], self.num_ranks)
@@ -200,7 +200,7 @@ class Exchange:
             parts = self._incoming(rank).cut(
                 np.full(self.num_ranks, count), [np.arange(count)] * self.num_ranks
             )
-            pieces = self._pieces[0][self._pieces[1] == rank]
+            pieces = self.pieces[0][self.pieces[1] == rank]
             order = np.argsort(parts.begin, kind="stable")
             inside, _, of = split(pieces, np.stack([parts.begin, parts.end], axis=1)[order], K0)
             found.append(_sums(areas(inside), parts.stage[order][of], count))

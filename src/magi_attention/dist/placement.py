@@ -54,6 +54,8 @@ def place(alg: DispatchAlg, chunks: Chunks, num_ranks: int, num_nodes: int = 1) 
         raise ValueError(complaint("alg", "one that places chunks", type(alg).__name__))
     if num_nodes < 1 or num_ranks % num_nodes:
         raise ValueError(complaint("num_nodes", f"a divisor of the {num_ranks} ranks", num_nodes))
+    if num_ranks == 1:
+        return [list(range(len(chunks)))]
     if isinstance(alg, BalancedDispatchAlg):
         room = np.array([len(part) for part in np.array_split(np.arange(len(chunks)), num_ranks)])
         rank = balanced(chunks, room, alg.slack, alg.rounds, num_nodes)
