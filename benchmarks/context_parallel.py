@@ -41,6 +41,8 @@ from magi_attention.dist.shard import Shards
 
 HEADS, KV_HEADS, HEAD_DIM = 64, 8, 128
 ALONE, OURS, PEERS = "kernel alone", "ours", ("ring", "all-gather", "ulysses")
+HOST_CYCLES = 6_000_000
+"""Of a device: about 3 ms, in which the host enqueues a call."""
 WORST = 1e-2
 """Largest relative error of a result, as a norm, against one device in the same precision."""
 DYNAMIC = OverlapConfig(mode=AttnOverlapMode.DYNAMIC, degree=None)
@@ -112,14 +114,11 @@ class Subject:
     def sample(self) -> None:
         """Time one forward and one backward, all ranks at once."""
         stamps = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        dist.barrier()
-        torch.cuda.synchronize()
+        begin_together()
         stamps[0].record()
         out = self.call(*self.leaves)
         stamps[1].record()
-        torch.cuda.synchronize()
-        dist.barrier()
-        torch.cuda.synchronize()
+        begin_together()
         stamps[2].record()
         torch.autograd.grad(out, self.leaves, self.dout)
         stamps[3].record()
@@ -130,6 +129,14 @@ class Subject:
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         for direction, value in zip(self.seconds, times.tolist(), strict=True):
             self.seconds[direction].append(value * 1e-3)
+
+
+def begin_together() -> None:
+    """All devices wait as long from about the same moment on, so that the host is ahead of them, as it is in training."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HOST_CYCLES)
 
 
 def check(subject: Subject, expected: list[torch.Tensor], device: torch.device) -> dict[str, float]:

@@ -194,6 +194,7 @@ class Report:
     targets: list[dict[str, Any]] = field(default_factory=list)
     costs: dict[str, Any] = field(default_factory=dict)
     states: list[dict[str, Any]] = field(default_factory=list)
+    placements: list[dict[str, Any]] = field(default_factory=list)
     told: set[tuple[str, str]] = field(default_factory=set)
 
     def add(self, rows: Iterable[Row]) -> None:
@@ -231,6 +232,7 @@ class Report:
             "targets": self.targets,
             "costs": self.costs,
             "states": self.states,
+            "placements": self.placements,
         }
 
     def write(self) -> None:

@@ -39,6 +39,26 @@ def _words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+PLACEMENTS = {
+    "ranks": ("ranks", "d"),
+    "tokens": ("tokens", "d"),
+    "algorithm": ("algorithm", "s"),
+    "plan ms": ("plan_ms", ".1f"),
+    "work, most / mean": ("imbalance", ".3f"),
+    "received, most": ("received_most", ",.0f"),
+    "mean": ("received_mean", ",.0f"),
+    "MiB, most": ("mebibytes_most", ",.0f"),
+    "from other nodes": ("between_nodes_mean", ",.0f"),
+    "once a node": ("between_nodes_once_mean", ",.0f"),
+}
+"""Columns of plans: the figure and its format."""
+
+
+def _placements(lines: list[dict[str, Any]]) -> list[str]:
+    cells = [[format(line[figure], form) for figure, form in PLACEMENTS.values()] for line in lines]
+    return _markdown(list(PLACEMENTS), cells)
+
+
 def text_of(document: dict[str, Any]) -> str:
     """Where the figures come from, TFLOP/s and ratios, geometric means, costs and targets of a result file."""
     where = document["environment"]
@@ -61,6 +81,8 @@ def text_of(document: dict[str, Any]) -> str:
         ]
     )
     parts.append(_costs(document["costs"]))
+    if document.get("placements"):
+        parts.append(_placements(document["placements"]))
     aims = [
         [t["name"], f"{t['value']:.3f}", f"{t['at_least']:.2f}", "yes" if t["met"] else "no"]
         for t in document["targets"]

@@ -146,12 +146,14 @@ class BalancedDispatchAlg(DispatchAlg):
     """Balanced within ``slack`` of the mean work in whole tiles, with as few keys to receive as a search finds.
 
     Attributes:
-        slack: how much above the mean the largest work of a rank may be, such as 0.04.
-        rounds: how often all swaps of two chunks are weighed, and the best ones done.
+        slack: how much above the mean the largest work of a rank may be at most, such as 0.04; less where keys
+            take little time beside the work.
+        rounds: how often all swaps of two chunks are weighed, and the best of them done; half as often with more ranks
+            than are dealt to at once.
     """
 
     slack: float = 0.04
-    rounds: int = 8
+    rounds: int = 16
 
     def __post_init__(self) -> None:
         _check_part("slack", self.slack)
@@ -168,7 +170,7 @@ class DispatchConfig:
         uneven_shard: no padding; ranks may hold different numbers of tokens.
     """
 
-    alg: DispatchAlg = field(default_factory=MinHeapDispatchAlg)
+    alg: DispatchAlg = field(default_factory=BalancedDispatchAlg)
     _: KW_ONLY
     chunk_size: int | None = None
     uneven_shard: bool = False
@@ -294,6 +296,10 @@ class GrpCollConfig:
     num_rdma_bytes: int = 0
 
 
+def _by_cost() -> OverlapConfig:
+    return OverlapConfig(mode=AttnOverlapMode.DYNAMIC, degree=None)
+
+
 STRATEGIES = ("auto", "keys", "heads")
 
 
@@ -302,13 +308,14 @@ class DistAttnConfig:
     """Placement and overlap of one mask.
 
     Attributes:
+        overlap_config: stages; as many as are estimated to take least where it is not given.
         strategy: what travels. "keys": keys and values, to the rows that see them. "heads": rows, so that each rank
             computes some heads of all of them, which needs head counts that the ranks divide. "auto": what is estimated
             to take less time; keys where the key does not know the numbers of heads and their dimension.
     """
 
     dispatch_config: DispatchConfig = field(default_factory=DispatchConfig)
-    overlap_config: OverlapConfig = field(default_factory=OverlapConfig)
+    overlap_config: OverlapConfig = field(default_factory=_by_cost)
     grpcoll_config: GrpCollConfig = field(default_factory=GrpCollConfig)
     _: KW_ONLY
     strategy: str = "auto"

@@ -69,7 +69,7 @@ def test_a_page_without_the_marks_is_refused(results, tmp_path):
 def test_the_page_on_performance_has_marks_for_every_profile():
     page = (ROOT / "docs" / "performance.md").read_text()
     hopper = [f"hopper-{name}" for name in ("dense", "masks", "docs", "features", "launch")]
-    for profile in (*hopper, "flash-attn", "decode"):
+    for profile in (*hopper, "flash-attn", "decode", "planner"):
         assert tables.fill(page, {profile: "x"})
 
 

@@ -1,4 +1,4 @@
-"""One rank of the test of dispatch, calc_attn and undispatch against one device in fp64; run under torchrun's environment."""
+"""One rank of the test of dispatch, calc_attn and undispatch against one device in fp64."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ MASKS = {
     "first keys": Mask.sliding_window(97, 97, (13, 0), keep_first=3),
     "documents": Mask.varlen([0, 1, 40, 40, 90, 143], causal=True),
     "block causal": slices(*[((i, i + 20), (0, i + 20), 0) for i in range(0, 100, 20)], size=(101, 101)),
-    "all types": slices(*[((i * 20, i * 20 + 25), (i * 15, i * 15 + 27), i) for i in range(4)], size=(89, 89)),
+    "all types": slices(
+        *[((i * 20, i * 20 + 25), (i * 15, i * 15 + 27), i) for i in range(4)], size=(89, 89)
+    ),
     "bi causal": slices(((0, 61), (0, 67), 3), size=(67, 67)),
     "blind rows": slices(((20, 30), (3, 9), 0), size=(77, 77)),
     "twice": slices(((0, 50), (0, 50), 1), ((0, 50), (10, 40), 0), size=(50, 50)),
@@ -75,7 +77,9 @@ OVERLAPS = [
     OverlapConfig(enable=False),
     OverlapConfig(),
     OverlapConfig(degree=2, min_chunk_size=8),
-    OverlapConfig(degree=4, min_chunk_size=5, alg=config.UniformOverlapAlg(random_costs=True, random_seed=42)),
+    OverlapConfig(
+        degree=4, min_chunk_size=5, alg=config.UniformOverlapAlg(random_costs=True, random_seed=42)
+    ),
     OverlapConfig(mode=AttnOverlapMode.DYNAMIC, degree=None, min_chunk_size=8),
 ]
 
@@ -100,11 +104,17 @@ def cases(ranks: int) -> dict[str, Case]:
     for flags in ((True, False, False), (False, True, True), (False, True, False), (False, False, True)):
         names = ("is_same_source", "is_q_permutable", "is_k_permutable")
         arguments = dict(zip(names, flags, strict=True))
-        mask = MASKS["causal"] if flags[0] else slices(((0, 40), (0, 71), 1), ((30, 61), (20, 83), 0), size=(61, 83))
+        mask = (
+            MASKS["causal"]
+            if flags[0]
+            else slices(((0, 40), (0, 71), 1), ((30, 61), (20, 83), 0), size=(61, 83))
+        )
         found[f"sources {flags}"] = Case(mask, sink=1, key=arguments)
         found[f"sources {flags}, uneven"] = Case(mask, uneven=True, key={**arguments, "chunk_size": 3})
     causal = Case(MASKS["causal"])
-    found["softcap"] = replace(causal, sink=2, attn={"softcap": 2.0, "softmax_scale": 0.5, "return_max_logits": True})
+    found["softcap"] = replace(
+        causal, sink=2, attn={"softcap": 2.0, "softmax_scale": 0.5, "return_max_logits": True}
+    )
     found["largest logits"] = replace(causal, attn={"return_max_logits": True}, overlap=OVERLAPS[2])
     found["padding asked for"] = replace(causal, key={"pad_size": 29, "chunk_size": 10})
     found["bf16"] = replace(causal, dtype=torch.bfloat16, sink=1, overlap=OVERLAPS[2])
@@ -129,7 +139,9 @@ def drawn(seed: int) -> Case:
         ALGORITHMS[draw.integers(len(ALGORITHMS))],
         OVERLAPS[draw.integers(len(OVERLAPS))],
         sink=int(draw.integers(3)),
-        key=sources | {"pad_size": int(draw.integers(5))} | ({"chunk_size": int(draw.integers(1, 20))} if draw.integers(2) else {}),
+        key=sources
+        | {"pad_size": int(draw.integers(5))}
+        | ({"chunk_size": int(draw.integers(1, 20))} if draw.integers(2) else {}),
         heads=((1, 1), (4, 2), (3, 3))[draw.integers(3)],
     )
 
@@ -144,7 +156,11 @@ def inputs(case: Case, seed: int, device: str = "cpu") -> dict[str, torch.Tensor
     rows, cols = case.mask.num_rows, case.mask.num_cols
     heads, kv_heads = case.heads
     dim, dim_v = case.dims
-    found = {"q": normal(rows, heads, dim), "k": normal(cols, kv_heads, dim), "v": normal(cols, kv_heads, dim_v)}
+    found = {
+        "q": normal(rows, heads, dim),
+        "k": normal(cols, kv_heads, dim),
+        "v": normal(cols, kv_heads, dim_v),
+    }
     if case.sink:
         found["sink"] = normal(case.sink, heads, dtype=torch.promote_types(case.dtype, torch.float32))
     return found | {"dout": normal(rows, heads, dim_v), "dlse": normal(rows, heads, dtype=torch.float64)}
@@ -157,9 +173,15 @@ def results(out: torch.Tensor, lse: torch.Tensor, leaves: dict[str, torch.Tensor
     return {"out": out.detach(), "lse": lse.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
-def by_formula(case: Case, given: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def by_formula(
+    case: Case, given: dict[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
     """The definition, at ``dtype`` or at the precision of the input."""
-    leaves = {n: given[n].detach().to(dtype or given[n].dtype, copy=True).requires_grad_() for n in ("q", "k", "v", "sink") if n in given}
+    leaves = {
+        n: given[n].detach().to(dtype or given[n].dtype, copy=True).requires_grad_()
+        for n in ("q", "k", "v", "sink")
+        if n in given
+    }
     settings = {name: value for name, value in case.attn.items() if name != "return_max_logits"}
     out, lse, top = dense_attention(
         leaves["q"], leaves["k"], leaves["v"], case.mask.table, leaves.get("sink"), dtype=dtype, **settings
@@ -167,7 +189,9 @@ def by_formula(case: Case, given: dict[str, torch.Tensor], dtype: torch.dtype | 
     return results(out, lse, leaves, given) | {"max_logits": top}
 
 
-def on_all_ranks(case: Case, given: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+def on_all_ranks(
+    case: Case, given: dict[str, torch.Tensor], group: dist.ProcessGroup
+) -> dict[str, torch.Tensor]:
     """Through a key, padded with NaN."""
     dispatch_config = DispatchConfig(alg=case.alg, uneven_shard=case.uneven)
     queries, keys, types = case.mask.to_slices()
@@ -184,7 +208,11 @@ def on_all_ranks(case: Case, given: dict[str, torch.Tensor], group: dist.Process
         head_dim=case.dims[0],
         **case.key,
     )
-    leaves = {name: given[name].detach().clone().requires_grad_() for name in ("q", "k", "v", "sink") if name in given}
+    leaves = {
+        name: given[name].detach().clone().requires_grad_()
+        for name in ("q", "k", "v", "sink")
+        if name in given
+    }
     local = [
         dispatch(leaves[name], key, pad_value=torch.nan, role=role)
         for name, role in (("q", "query"), ("k", "key"), ("v", "value"))
@@ -209,20 +237,26 @@ def compare(case: Case, ours: dict[str, torch.Tensor], given: dict[str, torch.Te
             continue
         truth = exact[name]
         if case.dtype is torch.float64:
-            torch.testing.assert_close(ours[name], truth, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                ours[name], truth, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+            )
             continue
         size = truth[truth.isfinite()].abs().max().item()
         found = figure(name, ours[name], truth, plain[name], unit=8 * size)  # logits are rounded, too
         assert found.ok, found
     if case.attn.get("return_max_logits"):
-        torch.testing.assert_close(ours["max_logits"].double(), exact["max_logits"].double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            ours["max_logits"].double(), exact["max_logits"].double(), rtol=1e-5, atol=1e-5
+        )
 
 
 def main() -> None:
     """All cases in one process group; or, with arguments, every n-th one and those drawn by some seeds."""
     rank, _, ranks, *_, group, _, _ = setup_dist_env()
     every, first, last = (int(x) for x in sys.argv[1:]) if len(sys.argv) > 1 else (1, 0, 12)
-    chosen = list(cases(ranks).items())[::every] + [(f"drawn {seed}", drawn(seed)) for seed in range(first, last)]
+    chosen = list(cases(ranks).items())[::every] + [
+        (f"drawn {seed}", drawn(seed)) for seed in range(first, last)
+    ]
     for number, (name, case) in enumerate(chosen):
         given = inputs(case, number)
         try:

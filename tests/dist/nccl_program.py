@@ -1,4 +1,4 @@
-"""One rank of the test over NCCL, on a GPU of its own: 16-bit kernels by the tolerance rule; run under torchrun's environment."""
+"""One rank of the test over NCCL, on a GPU of its own: 16-bit kernels by the tolerance rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ BALANCED = config.BalancedDispatchAlg()
 
 def cases(ranks: int) -> dict[str, Case]:
     """Masks, placements and ways to move, in bf16 with heads of 128 if nothing else is said."""
-    plain = Case(DOCUMENTS, BALANCED, dtype=torch.bfloat16, heads=(8, 4), dims=(128, 128), key={"chunk_size": 128})
+    plain = Case(
+        DOCUMENTS, BALANCED, dtype=torch.bfloat16, heads=(8, 4), dims=(128, 128), key={"chunk_size": 128}
+    )
     causal = replace(plain, mask=Mask.causal(3001))
     window = replace(plain, mask=Mask.sliding_window(2049, 2049, (300, 0), keep_first=4))
     blocks = slices(*[((i, i + 512), (0, i + 512), 0) for i in range(0, 2560, 512)], size=(2560, 2560))
@@ -34,7 +36,9 @@ def cases(ranks: int) -> dict[str, Case]:
         "documents, uneven": replace(plain, uneven=True, alg=config.SequentialDispatchAlg()),
         "documents, min-heap": replace(plain, alg=config.MinHeapDispatchAlg(), overlap=DYNAMIC),
         "causal, three stages": replace(causal, overlap=OverlapConfig(degree=3, min_chunk_size=128)),
-        "causal, hidden tail": replace(causal, overlap=OverlapConfig(degree=2, min_chunk_size=128, hide_tail=True)),
+        "causal, hidden tail": replace(
+            causal, overlap=OverlapConfig(degree=2, min_chunk_size=128, hide_tail=True)
+        ),
         "causal, multiprocessors left": replace(causal, overlap=OverlapConfig(sm_margin=16), sink=1),
         "causal, softcap": replace(causal, attn={"softcap": 20.0, "return_max_logits": True}),
         "window": replace(window, sink=1),
@@ -50,7 +54,7 @@ def cases(ranks: int) -> dict[str, Case]:
 
 def main() -> None:
     """All cases in one process group, each twice: what they give must be right, and the same bits if asked for."""
-    rank, _, ranks, *_, group, _, device = setup_dist_env()
+    rank, _, ranks, _, _, group, device, _ = setup_dist_env()
     assert dist.get_backend() == "nccl"
     for number, (name, case) in enumerate(cases(ranks).items()):
         given = inputs(case, number, device)

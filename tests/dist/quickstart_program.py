@@ -61,7 +61,12 @@ def main() -> None:
     torch.manual_seed(0)  # the same tensors on every rank
     names: dict = {}
     exec(example(dtype), names)
-    found = {"out": names["total_out"].detach(), "dx": names["dx"], "dq_proj": names["dq_proj"].clone(), "dsink": names["dsink"]}
+    found = {
+        "out": names["total_out"].detach(),
+        "dx": names["dx"],
+        "dq_proj": names["dq_proj"].clone(),
+        "dsink": names["dsink"],
+    }
     truth = torch.bfloat16 if dtype == VERBATIM else torch.float64
     assert names["local_lse"].dtype == (torch.float64 if dtype == "float64" else torch.float32)
     rank = names["rank"]

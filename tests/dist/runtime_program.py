@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.attention import attention
-from magi_attention.config import BalancedDispatchAlg, MinHeapDispatchAlg, OverlapConfig, RandomSelectDispatchAlg
+from magi_attention.config import (
+    BalancedDispatchAlg,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+    RandomSelectDispatchAlg,
+)
 from magi_attention.dist import exchange
 from magi_attention.dist.chunks import cut
 from magi_attention.dist.exchange import Exchange
@@ -26,7 +31,12 @@ CASES = [
     (Mask.varlen([0, 30, 31, 200, 401], causal=True), MinHeapDispatchAlg(), 1, 0.0),
     (Mask.varlen([0, 90, 401], causal=True, window=(60, 0), keep_first=3), BalancedDispatchAlg(), 2, 3.0),
     (Mask.full(300), RandomSelectDispatchAlg(), 3, 0.0),
-    (Mask([[0, 300, 50, 200, -100, 60], [250, 300, 0, 300, -400, 400]], 300, 300), MinHeapDispatchAlg(), 2, 0.0),
+    (
+        Mask([[0, 300, 50, 200, -100, 60], [250, 300, 0, 300, -400, 400]], 300, 300),
+        MinHeapDispatchAlg(),
+        2,
+        0.0,
+    ),
 ]
 
 
@@ -47,18 +57,27 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for number, (mask, alg, degree, softcap) in enumerate(CASES):
         torch.manual_seed(number)
-        q, k, v = (torch.randn(mask.num_rows, h, d, dtype=torch.float64) for h, d in ((4, 16), (2, 16), (2, 8)))
+        q, k, v = (
+            torch.randn(mask.num_rows, h, d, dtype=torch.float64) for h, d in ((4, 16), (2, 16), (2, 8))
+        )
         sink = torch.randn(2, 4, dtype=torch.float64) if number % 2 else None
-        dout, dlse = torch.randn(mask.num_rows, 4, 8, dtype=torch.float64), torch.randn(mask.num_rows, 4, dtype=torch.float64)
+        dout, dlse = (
+            torch.randn(mask.num_rows, 4, 8, dtype=torch.float64),
+            torch.randn(mask.num_rows, 4, dtype=torch.float64),
+        )
         chunks = cut(mask.bands, mask.num_rows, mask.num_cols, 16)
         parts = [chunks.rows[part] for part in place(alg, chunks, ranks)]
         rows = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in parts[rank]]))
-        whole = [x.clone().requires_grad_() for x in (q, k, v)] + ([sink.clone().requires_grad_()] if number % 2 else [])
+        whole = [x.clone().requires_grad_() for x in (q, k, v)] + (
+            [sink.clone().requires_grad_()] if number % 2 else []
+        )
         settings = {"softcap": softcap, "return_max_logits": True}
         out, meta = attention(*whole[:3], mask, sink=whole[3] if number % 2 else None, **settings)
         torch.autograd.backward([out, meta.lse], [dout, torch.where(meta.lse.isinf(), 0.0, dlse)])
         for way in ways(mask, parts, degree, (4, 2)):
-            own = [x[rows].clone().requires_grad_() for x in (q, k, v)] + ([sink.clone().requires_grad_()] if number % 2 else [])
+            own = [x[rows].clone().requires_grad_() for x in (q, k, v)] + (
+                [sink.clone().requires_grad_()] if number % 2 else []
+            )
             found, lse, top = way(*own[:3], sink=own[3] if number % 2 else None, **settings)
             torch.autograd.backward([found, lse], [dout[rows], torch.where(lse.isinf(), 0.0, dlse[rows])])
             torch.testing.assert_close(found, out[rows], rtol=1e-9, atol=1e-9)

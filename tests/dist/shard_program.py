@@ -21,7 +21,9 @@ def main() -> None:
     cuts = [0, *(len(begins) - np.arange(ranks - 1)[::-1] - 1 if ranks > 1 else []), len(begins)]
     ranges = [np.array([(b, b + size) for b in begins[cuts[n] : cuts[n + 1]]]) for n in range(ranks)]
     shards = Shards(length, ranges, rank)
-    x = torch.randn(length, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(
+        length, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True
+    )
     local = dispatch(x, shards, pad_value=torch.nan)
     own = np.concatenate([np.arange(a, b) for a, b in ranges[rank]])
     real = torch.from_numpy(own < length)

@@ -60,7 +60,11 @@ BAD = {
     "bound": (lambda: DispatchConfig(LBDispatchAlg()), ValueError, "alg: expected one that places chunks"),
     "chunk": (lambda: DispatchConfig(chunk_size=0), ValueError, "chunk_size: expected at least 1, got 0"),
     "top_p": (lambda: ToppHeapDispatchAlg(1.5), ValueError, "top_p: expected between 0 and 1, got 1.5"),
-    "select": (lambda: BatchToppHeapDispatchAlg(0.5, 0), ValueError, "num_of_select_chunk: expected at least 1"),
+    "select": (
+        lambda: BatchToppHeapDispatchAlg(0.5, 0),
+        ValueError,
+        "num_of_select_chunk: expected at least 1",
+    ),
     "ratio": (lambda: SortedSequentialSelectAlg(0.0), ValueError, "allocation_ratio: expected above 0"),
     "part": (lambda: DistAttnConfig(OverlapConfig()), TypeError, "dispatch_config: expected DispatchConfig"),
 }

@@ -24,7 +24,10 @@ def documented_example(ranks: int, dtype: str, tmp_path: Path) -> None:
         [*launcher, str(PROGRAM), dtype, str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    check([torch.load(tmp_path / f"{rank}.pt", map_location="cpu") for rank in range(ranks)], 1e-9 if dtype == "float64" else 3e-2)
+    check(
+        [torch.load(tmp_path / f"{rank}.pt", map_location="cpu") for rank in range(ranks)],
+        1e-9 if dtype == "float64" else 3e-2,
+    )
 
 
 def test_documented_example_without_torchrun(tmp_path):
@@ -42,4 +45,7 @@ def check(files: list[dict], tolerance: float) -> None:
     sums = {name: sum(part[name].double() for part in parts) for name in ("dq_proj", "dsink")}
     for name, ours in [(n, part[n]) for part in parts for n in ("out", "dx")] + list(sums.items()):
         error = (ours.double() - truth[name]).norm() / truth[name].norm()
-        assert error < (max(tolerance, 1e-6) if name == "dsink" else tolerance), (name, error)  # the sink is fp32
+        assert error < (max(tolerance, 1e-6) if name == "dsink" else tolerance), (
+            name,
+            error,
+        )  # the sink is fp32

@@ -28,14 +28,18 @@ def agreed(
         _everybody({"refused": f"{type(error).__name__}: {error}"}, group)
         raise
     reports = _everybody(mine, group)
-    names = [name for name in {**reports[0], **mine} if any(r.get(name) != reports[0].get(name) for r in reports)]
+    names = [
+        name for name in {**reports[0], **mine} if any(r.get(name) != reports[0].get(name) for r in reports)
+    ]
     if not names:
         return key
     ranks = ranks_of(group)
     slices = _everybody(key.slices.tolist(), group) if all("refused" not in r for r in reports) else []
     for rank, report in zip(ranks, reports, strict=True):
         if "refused" in report:
-            raise ValueError(complaint("keys of the ranks", "one on every rank", f"on rank {rank} {report['refused']}"))
+            raise ValueError(
+                complaint("keys of the ranks", "one on every rank", f"on rank {rank} {report['refused']}")
+            )
     name = names[0]
     other = next(n for n, report in enumerate(reports) if report[name] != reports[0][name])
     pair = [report[name] for report in (reports[0], reports[other])]

@@ -107,7 +107,7 @@ def balanced(chunks: Chunks, room: Ints, slack: float, rounds: int, num_groups: 
     least = int(light[-1] + light[: room.min() - 1].sum())
     limit = max(int((1 + slack) * int(light.sum())) // len(room), least, 1)
     work = np.column_stack([chunks.work, _parts_of_ranks(chunks.work, limit)])
-    size = len(room) // num_groups
+    size, rounds = len(room) // num_groups, rounds if len(room) <= FEW else rounds // 2
     todo = [(np.arange(len(chunks)), _groups(np.arange(len(room)), size))]
     while todo:
         mine, parts = todo.pop()
@@ -121,9 +121,7 @@ def balanced(chunks: Chunks, room: Ints, slack: float, rounds: int, num_groups: 
         items = Items.of(chunks, mine, np.arange(len(mine)) // together, work[:, : 1 + grouped])
         bins = deal(items, rooms // together, limits[:, : 1 + grouped])
         if len(items) <= MOST:
-            bins = Swaps(items, bins, limits[:, : 1 + grouped]).improved(
-                rounds if len(room) <= FEW else rounds // 2
-            )
+            bins = Swaps(items, bins, limits[:, : 1 + grouped]).improved(rounds)
         bins = np.repeat(bins, together)
         for number, part in enumerate(parts):
             if len(part) > 1:
@@ -198,7 +196,7 @@ def deal(items: Items, room: Ints, limit: Ints) -> Ints:
     # Bins are filled up with the lighter half of the items that are left: the mean of that.
     halves = (len(items) - np.arange(len(items))) // 2 + 1
     filling = (np.cumsum(items.work[order[::-1], 0])[np.minimum(halves, len(items)) - 1] // halves).tolist()
-    part = np.maximum(limit[:, 0] >> 8, 1)
+    part, shift = np.maximum(limit[:, 0] >> 8, 1), max(int(items.edges[-1]).bit_length() - 24, 0)
     found = np.empty(len(items), dtype=np.int64)
     for item, light in zip(order.tolist(), filling, strict=True):
         more = np.zeros_like(received)
@@ -209,9 +207,8 @@ def deal(items: Items, room: Ints, limit: Ints) -> Ints:
         over = loads + items.work[item]
         over[:, 0] += spare * light
         over = np.maximum.reduce(over, axis=1)
-        cost = (more * (2 * received + more) << 8) + loads[
-            :, 0
-        ] // part  # growth of the square, then the lightest
+        growth = (more >> shift) * (2 * received + more >> shift)  # of the square of what is received
+        cost = (growth << 8) + loads[:, 0] // part  # of equal ones the lightest bin
         cost[over > 0] = NEVER
         choice = int(cost.argmin())
         if cost[choice] == NEVER:

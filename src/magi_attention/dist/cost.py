@@ -47,8 +47,8 @@ GLOO = Link(200.0, 1.0)
 class Machine:
     """What estimates are made of; the defaults are those of H200 nodes.
 
-    The rate forward is what our kernels reached on an H200 for long bf16 sequences with head dimension 128, less a tenth
-    for transfers beside them; the rate backward and the memory's are lowered in the same way. Bandwidths of NVLink and
+    The rates of operations are what our kernels reached on an H200 for long bf16 sequences with head dimension 128, the
+    one forward less a tenth for transfers beside them; the memory's is lowered, too. Bandwidths of NVLink and
     of 400 Gb/s InfiniBand were not measured by us: they are effective all-to-all rates as they are reported. Latencies
     and the time of a call are assumed.
 
@@ -122,6 +122,10 @@ class Heads:
         return self.num_heads_kv * sum(self.widths) * self.gradient_size
 
 
+TYPICAL = Heads(64, 8, 128)
+"""Where nobody says otherwise."""
+
+
 @dataclass(frozen=True, eq=False)
 class Loads:
     """What each rank does: integers of shape (r,).
@@ -193,7 +197,8 @@ def heads_us(loads: Loads, heads: Heads, machine: Machine, num_nodes: int = 1) -
     """Microseconds forward and backward if each rank computes some heads of all rows.
 
     Queries, keys, values and outputs travel, of each rank's rows all but its own part, and backward beside them the
-    gradients of all four; nothing is computed meanwhile.
+    gradients of all four; nothing is computed meanwhile. All rows are put in order before and after, read and written
+    twice.
     """
     ranks = len(loads)
     keys, values = heads.widths
@@ -212,7 +217,8 @@ def heads_us(loads: Loads, heads: Heads, machine: Machine, num_nodes: int = 1) -
         travel = max(machine.intra.us(near), machine.inter.us(far))
         latency = machine.inter.latency_us if num_nodes > 1 else machine.intra.latency_us
         compute = attention_us(-(-total // ranks), heads, direction, machine)
-        found.append(travel + latency + machine.call_us + compute)  # there and back are two calls
+        order = 4 * rows * size / (machine.memory_gb_per_s * 1e3)
+        found.append(travel + latency + order + machine.call_us + compute)  # there and back are two calls
     return found[0], found[1]
 
 

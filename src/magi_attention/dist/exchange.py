@@ -42,7 +42,7 @@ from magi_attention.mask.bands import (
 )
 
 UNIT = 128
-"""Keys that stages are cut between: whole tiles, but for the last ones of a block."""
+"""Stages are cut at multiples of so many keys, whole tiles, or of ``min_chunk_size`` if that is less."""
 
 Ranges = Sequence[Intervals]
 """(m, 2) ranges of global positions of each rank."""
@@ -179,6 +179,10 @@ class Exchange:
         """Stages of all ranks: a rank that receives less takes part with empty blocks."""
         return int(min(max(self.degree, 1), self._num_chunks.max(initial=0)))
 
+    @property
+    def _unit(self) -> int:
+        return min(UNIT, self.overlap.min_chunk_size)
+
     @cached_property
     def _stages(self) -> list[Ints]:
         """Of each rank the stage of each chunk."""
@@ -198,7 +202,7 @@ class Exchange:
         found = []
         for rank, count in enumerate(self._num_chunks.tolist()):
             parts = self._incoming(rank).cut(
-                np.full(self.num_ranks, count), [np.arange(count)] * self.num_ranks
+                np.full(self.num_ranks, count), [np.arange(count)] * self.num_ranks, self._unit
             )
             pieces = self.pieces[0][self.pieces[1] == rank]
             order = np.argsort(parts.begin, kind="stable")
@@ -233,10 +237,9 @@ class Exchange:
         keys = np.asarray(self.keys[rank], dtype=np.int64).reshape(-1, 2)
         incoming, outgoing = self._incoming(rank), self._outgoing(rank)
         if self.num_stages > 1:
-            incoming = incoming.cut(
-                np.repeat(self._num_chunks[rank], self.num_ranks), [self._stages[rank]] * self.num_ranks
-            )
-            outgoing = outgoing.cut(self._num_chunks, self._stages)
+            mine = np.repeat(self._num_chunks[rank], self.num_ranks), [self._stages[rank]] * self.num_ranks
+            incoming = incoming.cut(*mine, self._unit)
+            outgoing = outgoing.cut(self._num_chunks, self._stages, self._unit)
         num_rows, all_keys = total_size(queries), np.array([[0, self.stride]])
         by_rows = localise(self.bands, queries, all_keys)
         rows = np.array([[0, num_rows]])
@@ -332,15 +335,15 @@ class _Parts:
     num_peers: int
     stage: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
-    def cut(self, num_chunks: Ints, stages: Sequence[Ints]) -> _Parts:
+    def cut(self, num_chunks: Ints, stages: Sequence[Ints], unit: int) -> _Parts:
         """Each peer's block in ``num_chunks[peer]`` parts, alike but for whole units, in the stages that are given."""
         sizes = _sums(self.end - self.begin, self.peer, self.num_peers)
         counts = np.where(sizes > 0, num_chunks, 0)
         of = np.repeat(np.arange(self.num_peers), counts)
         number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
-        units, base = -(-sizes // UNIT), np.cumsum(sizes) - sizes
+        units, base = -(-sizes // unit), np.cumsum(sizes) - sizes
         edges = [
-            base[of] + np.minimum(units[of] * (number + step) // num_chunks[of] * UNIT, sizes[of])
+            base[of] + np.minimum(units[of] * (number + step) // num_chunks[of] * unit, sizes[of])
             for step in (0, 1)
         ]
         live = edges[1] > edges[0]

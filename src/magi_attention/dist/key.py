@@ -140,7 +140,9 @@ class DistAttnRuntimeKey:
 
     def __repr__(self) -> str:
         sizes = f"{self.total_seqlen_q} x {self.total_seqlen_k} tokens (padding {self.pad_size})"
-        return f"DistAttnRuntimeKey({len(self.slices)} slices, {sizes}, {self.cp_size} ranks, {self.digest[:8]})"
+        return (
+            f"DistAttnRuntimeKey({len(self.slices)} slices, {sizes}, {self.cp_size} ranks, {self.digest[:8]})"
+        )
 
 
 def _frozen(table: NDArray[np.int64]) -> AttnRanges:

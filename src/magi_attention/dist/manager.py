@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ from magi_attention import env
 from magi_attention.common.intervals import Intervals
 from magi_attention.config import BalancedDispatchAlg, SequentialDispatchAlg
 from magi_attention.dist.chunks import cut, cuts_of
-from magi_attention.dist.cost import Heads, strategy
+from magi_attention.dist.cost import TYPICAL, Heads, strategy
 from magi_attention.dist.exchange import Exchange, Share
 from magi_attention.dist.explain import explain_plan
 from magi_attention.dist.group import ranks_of
@@ -76,10 +77,11 @@ class DistAttnRuntimeMgr:
 
     @cached_property
     def heads(self) -> Heads:
-        """What a row consists of; of models of today where the key does not say it."""
+        """What a row consists of; something typical where the key does not say it."""
         key = self.key
-        num_heads_kv = key.num_heads_kv or 8
-        return Heads(key.num_heads_q or 4 * num_heads_kv, num_heads_kv, key.head_dim or 128)
+        if key.num_heads_q is None or key.num_heads_kv is None:
+            return replace(TYPICAL, head_dim=key.head_dim or TYPICAL.head_dim)
+        return Heads(key.num_heads_q, key.num_heads_kv, key.head_dim or TYPICAL.head_dim)
 
     @cached_property
     def exchange(self) -> Exchange:

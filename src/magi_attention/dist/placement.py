@@ -11,6 +11,7 @@ from functools import singledispatch
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.common.intervals import total_size, unstack
 from magi_attention.config import (
     BalancedDispatchAlg,
     BSDispatchAlg,
@@ -27,6 +28,7 @@ from magi_attention.config import (
 )
 from magi_attention.dist.balance import balanced
 from magi_attention.dist.chunks import Chunks, Ints
+from magi_attention.dist.cost import DIRECTIONS, TYPICAL, Machine, attention_us, transfer_us
 from magi_attention.errors import complaint
 
 Partition = list[list[int]]
@@ -58,13 +60,27 @@ def place(alg: DispatchAlg, chunks: Chunks, num_ranks: int, num_nodes: int = 1) 
         return [list(range(len(chunks)))]
     if isinstance(alg, BalancedDispatchAlg):
         room = np.array([len(part) for part in np.array_split(np.arange(len(chunks)), num_ranks)])
-        rank = balanced(chunks, room, alg.slack, alg.rounds, num_nodes)
+        slack = min(alg.slack, _worthwhile(chunks, num_ranks))
+        rank = balanced(chunks, room, slack, alg.rounds, num_nodes)
         order = np.argsort(rank, kind="stable")
         return [part.tolist() for part in np.split(order, np.cumsum(room)[:-1])]
     if num_nodes > 1:
         remedy = "Use BalancedDispatchAlg(), or a mesh of one dimension."
         raise ValueError(complaint("num_nodes", f"1 with {type(alg).__name__}", num_nodes, remedy))
     return [sorted(map(int, part)) for part in _place(alg, chunks, num_ranks)]
+
+
+def _worthwhile(chunks: Chunks, num_ranks: int) -> float:
+    """The part of its work that a rank may have more for the sake of fewer keys: a quarter of what keys cost at most.
+
+    Long dense sequences are bound by work: a rank with 4 % more of it makes all others wait longer than keys take.
+    """
+    seen, _ = unstack(chunks.needed, chunks.stride)
+    most = min(total_size(seen) // num_ranks, chunks.num_masks * chunks.num_cols)
+    work, machine = int(chunks.work.sum()) // num_ranks, Machine()
+    busy = sum(attention_us(work, TYPICAL, direction, machine) for direction in DIRECTIONS)
+    token_bytes = 2 * TYPICAL.kv_bytes + TYPICAL.kv_gradient_bytes
+    return transfer_us(most, 0, token_bytes, machine) / (4 * busy) if busy else 1.0
 
 
 def bound(alg: DispatchAlg, chunks: Chunks, num_ranks: int) -> float:

@@ -41,8 +41,8 @@ class Move:
     def of(stage: Stage, num_rows: int, device: torch.device) -> Move:
         """``stage`` on ``device``."""
         sizes = stage.receive_sizes
-        parts = [[np.arange(begin, end) for begin, end in ranges.tolist()] for ranges in stage.send]
-        taken = torch.from_numpy(np.concatenate([np.arange(0), *sum(parts, [])])).to(device)
+        parts = [np.arange(begin, end) for ranges in stage.send for begin, end in ranges.tolist()]
+        taken = torch.from_numpy(np.concatenate([np.arange(0), *parts])).to(device)
         takes = taken.split(stage.send_sizes)
         return Move(Mask(stage.bands, num_rows, sum(sizes)), takes, taken, stage.send_sizes, sizes)
 
@@ -115,9 +115,7 @@ class _Flight:
     ) -> None:
         self._sent = sent
         self._rows = sent.new_empty(sum(sizes), *sent.shape[1:])
-        self._handle = dist.all_to_all_single(
-            self._rows, sent, sizes, sent_sizes, group=group, async_op=True
-        )
+        self._handle = dist.all_to_all_single(self._rows, sent, sizes, sent_sizes, group=group, async_op=True)
 
     def land(self) -> torch.Tensor:
         """The rows received: the device waits for them, without one the host."""
@@ -126,7 +124,7 @@ class _Flight:
 
 
 class _Arrivals:
-    """Keys and values of stages, (received, HK, D + DV): the first are on their way at once, then always one stage ahead."""
+    """Keys and values of stages, (received, HK, D + DV): the first leave at once, then always one stage ahead."""
 
     def __init__(self, packed: torch.Tensor, moves: Sequence[Move], work: Work) -> None:
         self._packed, self._moves, self._work = packed, moves, work

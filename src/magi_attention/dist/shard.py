@@ -107,8 +107,8 @@ def undispatch(local: torch.Tensor, shards: Shards, is_partial_grad: bool = Fals
     """The tensor whose rows the ranks hold, on every rank.
 
     Args:
-        is_partial_grad: the gradients of the ranks are parts of a sum; else each is the whole, and a rank takes the rows of
-            its own.
+        is_partial_grad: the gradients of the ranks are parts of a sum; else each is the whole, and a rank takes its own
+            rows of it.
     """
     return _Undispatch.apply(local, shards, is_partial_grad)
 
