@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from magi_attention import config, env
 from magi_attention.api import calc_attn, dispatch, magi_attn_flex_key, undispatch
@@ -190,7 +191,7 @@ def by_formula(
 
 
 def on_all_ranks(
-    case: Case, given: dict[str, torch.Tensor], group: dist.ProcessGroup
+    case: Case, given: dict[str, torch.Tensor], group: dist.ProcessGroup, mesh: DeviceMesh | None = None
 ) -> dict[str, torch.Tensor]:
     """Through a key, padded with NaN."""
     dispatch_config = DispatchConfig(alg=case.alg, uneven_shard=case.uneven)
@@ -201,7 +202,7 @@ def on_all_ranks(
         types or "full",
         case.mask.num_rows,
         case.mask.num_cols,
-        cp_group_or_mesh=group,
+        cp_group_or_mesh=mesh or group,
         dist_attn_config=DistAttnConfig(dispatch_config, case.overlap, strategy=case.strategy),
         num_heads_q=case.heads[0],
         num_heads_kv=case.heads[1],
@@ -251,16 +252,17 @@ def compare(case: Case, ours: dict[str, torch.Tensor], given: dict[str, torch.Te
 
 
 def main() -> None:
-    """All cases in one process group; or, with arguments, every n-th one and those drawn by some seeds."""
+    """All cases in one process group; or, with arguments, every n-th one and those drawn by some seeds, on some nodes."""
     rank, _, ranks, *_, group, _, _ = setup_dist_env()
-    every, first, last = (int(x) for x in sys.argv[1:]) if len(sys.argv) > 1 else (1, 0, 12)
+    every, first, last, *nodes = (int(x) for x in sys.argv[1:]) if len(sys.argv) > 1 else (1, 0, 12)
+    mesh = init_device_mesh("cpu", (nodes[0], ranks // nodes[0])) if nodes else None
     chosen = list(cases(ranks).items())[::every] + [
         (f"drawn {seed}", drawn(seed)) for seed in range(first, last)
     ]
     for number, (name, case) in enumerate(chosen):
         given = inputs(case, number)
         try:
-            compare(case, on_all_ranks(case, given, group), given)
+            compare(case, on_all_ranks(case, given, group, mesh), given)
         except Exception as error:
             error.add_note(f"rank {rank} of {ranks}: {name}")
             raise

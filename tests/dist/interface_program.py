@@ -9,10 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from magi_attention.api import (
+    BalancedDispatchAlg,
     DispatchConfig,
     DistAttnConfig,
     OverlapConfig,
@@ -38,6 +39,7 @@ from magi_attention.mask import Mask
 from magi_attention.utils import clearup_dist_env, setup_dist_env
 
 LENGTH = 67
+BALANCED = DistAttnConfig(DispatchConfig(alg=BalancedDispatchAlg()))
 UNEVEN = DistAttnConfig(DispatchConfig(uneven_shard=True, chunk_size=5))
 
 
@@ -248,6 +250,11 @@ def check_groups(world):
     key = causal_key(square)
     assert key.num_nodes == 2 and key != causal_key(world) and key.cp_ranks == tuple(range(ranks))
     attend(key, Mask.causal(LENGTH))
+    assert (key.hops is None) == (ranks == 2)
+    crossed = DeviceMesh("cpu", torch.arange(ranks).view(-1, 2).T)
+    assert causal_key(crossed).nodes == tuple(tuple(range(n, ranks, 2)) for n in (0, 1))
+    assert (causal_key(crossed) == key) == (ranks == 2)
+    attend(causal_key(crossed, dist_attn_config=BALANCED), Mask.causal(LENGTH))
     half = square["intra"]
     own = causal_key(half, length=30 + rank // (ranks // 2))
     attend(own, Mask.causal(own.total_seqlen_q - own.pad_size), own.total_seqlen_q - own.pad_size)

@@ -1,4 +1,4 @@
-"""One rank of the runtime's test; run under torchrun's environment with gloo."""
+"""One rank of the runtime's test; run under torchrun's environment with gloo. Arguments are numbers of nodes to try."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.attention import attention
 from magi_attention.config import (
@@ -40,13 +41,18 @@ CASES = [
 ]
 
 
-def ways(mask: Mask, parts: list[np.ndarray], degree: int, heads: tuple[int, int]) -> Iterator[Callable]:
+def ways(
+    mask: Mask, parts: list[np.ndarray], degree: int, heads: tuple[int, int], mesh: DeviceMesh | None
+) -> Iterator[Callable]:
     """Everything that attends from own rows."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks, device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    nodes = None if mesh is None else mesh.mesh.numpy()
+    hops = None if mesh is None else (mesh.get_group(0), mesh.get_group(1))
     for number, hides_tail in ((degree, False), (degree, True), (0, False)):
-        share = Exchange(mask.bands, parts, parts, number, OverlapConfig(min_chunk_size=8)).share(rank)
-        yield partial(attend, work=Work.of(share, torch.device("cpu"), None, hides_tail=hides_tail))
-    if can_split(*heads, ranks):
+        exchange = Exchange(mask.bands, parts, parts, number, OverlapConfig(min_chunk_size=8))
+        work = Work.of(exchange.share(rank, nodes), device, None, hops=hops, hides_tail=hides_tail)
+        yield partial(attend, work=work)
+    if mesh is None and can_split(*heads, ranks):
         shards = Shards(mask.num_rows, parts, rank)
         yield partial(attend_by_heads, work=HeadWork(mask, shards, shards))
 
@@ -55,6 +61,8 @@ def main() -> None:
     """Compare with one device; every rank for its own rows, and for the sum of gradients that all have."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    places = torch.arange(ranks)  # neighbours on different nodes
+    meshes = [DeviceMesh("cpu", places.view(-1, int(nodes)).T) for nodes in sys.argv[1:]] or [None]
     for number, (mask, alg, degree, softcap) in enumerate(CASES):
         torch.manual_seed(number)
         q, k, v = (
@@ -74,12 +82,16 @@ def main() -> None:
         settings = {"softcap": softcap, "return_max_logits": True}
         out, meta = attention(*whole[:3], mask, sink=whole[3] if number % 2 else None, **settings)
         torch.autograd.backward([out, meta.lse], [dout, torch.where(meta.lse.isinf(), 0.0, dlse)])
-        for way in ways(mask, parts, degree, (4, 2)):
-            own = [x[rows].clone().requires_grad_() for x in (q, k, v)] + (
-                [sink.clone().requires_grad_()] if number % 2 else []
-            )
-            found, lse, top = way(*own[:3], sink=own[3] if number % 2 else None, **settings)
-            torch.autograd.backward([found, lse], [dout[rows], torch.where(lse.isinf(), 0.0, dlse[rows])])
+        for way in (way for mesh in meshes for way in ways(mask, parts, degree, (4, 2), mesh)):
+            gradients = []
+            for _ in range(2 if meshes[0] else 1):
+                own = [x[rows].clone().requires_grad_() for x in (q, k, v)] + (
+                    [sink.clone().requires_grad_()] if number % 2 else []
+                )
+                found, lse, top = way(*own[:3], sink=own[3] if number % 2 else None, **settings)
+                torch.autograd.backward([found, lse], [dout[rows], torch.where(lse.isinf(), 0.0, dlse[rows])])
+                gradients.append([x.grad.clone() for x in own])
+            assert all(map(torch.equal, gradients[0], gradients[-1]))
             torch.testing.assert_close(found, out[rows], rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(lse, meta.lse[rows], rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(top, meta.max_logits)

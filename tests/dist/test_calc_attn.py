@@ -16,6 +16,10 @@ def test_some_cases_on_many_ranks():
     run("attention_program.py", 8, "5", "0", "4")
 
 
+def test_some_cases_on_two_nodes():
+    run("attention_program.py", 4, "9", "0", "2", "2")
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_functions_around_it(ranks):
     run("interface_program.py", ranks)

@@ -10,3 +10,7 @@ from launch import run
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_over_processes(ranks, name):
     run(name, ranks)
+
+
+def test_by_two_hops():
+    run("runtime_program.py", 6, "2", "3")

@@ -75,7 +75,8 @@ _PLACE = """
     pad_size: tokens of padding. At least as many are added, and where shards are even as many more as make them so; None
         is none but these. Padding sees nothing and nobody sees it.
     chunk_size: tokens of a chunk, the unit that is dealt to ranks; None is chosen by lengths and ranks.
-    cp_group_or_mesh: the ranks: a process group, or a mesh of one or two axes, which is flattened.
+    cp_group_or_mesh: the ranks: a process group, or a mesh of one or two axes. Two are nodes and the GPUs of each: what
+        several ranks of a node need then crosses to it once and is handed on there.
     dist_attn_config: placement and overlap; the defaults when None."""
 _SOURCES = """
     is_same_source: queries and keys are the same tokens (self-attention), so that they lie on the same ranks.

@@ -21,6 +21,7 @@ from magi_attention.common.intervals import Intervals, difference, merge, offset
 from magi_attention.config import GreedyOverlapAlg, OverlapConfig, UniformOverlapAlg
 from magi_attention.dist.chunks import Ints, work_of
 from magi_attention.dist.cost import Heads, Loads, Machine, choose_degree
+from magi_attention.dist.relay import Relay, column_of, node_of
 from magi_attention.errors import complaint
 from magi_attention.mask.bands import (
     HI,
@@ -220,9 +221,12 @@ class Exchange:
         order = np.argsort(holder[of], kind="stable")
         return _Parts(holder[of][order], begin[order], end[order], begin[order], self.num_ranks)
 
-    def _outgoing(self, rank: int) -> _Parts:
-        """Keys that ``rank`` sends, by receiver; places are those among its own."""
+    def _outgoing(self, rank: int, receivers: Ints | None) -> _Parts:
+        """Keys that ``rank`` sends, to some or to all receivers; places are those among its own."""
         ranges, receiver = unstack(self.remote, self.stride)
+        if receivers is not None:
+            chosen = np.isin(receiver, receivers)
+            ranges, receiver = ranges[chosen], receiver[chosen]
         own = np.asarray(self.keys[rank], dtype=np.int64).reshape(-1, 2)
         begins, order = offsets(own)[:-1], np.argsort(own[:, 0], kind="stable")
         order = order[own[order, 1] > own[order, 0]]
@@ -231,23 +235,47 @@ class Exchange:
         begin, end = np.maximum(ranges[which, 0], own[of, 0]), np.minimum(ranges[which, 1], own[of, 1])
         return _Parts(receiver[which], begin, end, begin - own[of, 0] + begins[of], self.num_ranks)
 
-    def share(self, rank: int) -> Share:
-        """What one rank has to do."""
+    def _sent(self, rank: int, receivers: Ints | None = None) -> list[tuple[Intervals, ...]]:
+        """Of each stage the places of keys that ``rank`` sends to each rank; to some of them only, if these are given."""
+        outgoing = self._outgoing(rank, receivers)
+        if self.num_stages > 1:
+            outgoing = outgoing.cut(self._num_chunks, self._stages, self._unit)
+        return [outgoing.blocks(number) for number in range(self.num_stages)]
+
+    def _relays(
+        self, rank: int, nodes: Ints, sent: list[tuple[Intervals, ...]], received: list[tuple[Intervals, ...]]
+    ) -> list[Relay]:
+        """Of each stage, from what ``rank`` sends and receives in one hop, the two hops."""
+        mates = node_of(nodes, rank)
+        column = [
+            sent if owner == rank else self._sent(owner, mates) for owner in column_of(nodes, rank).tolist()
+        ]
+        return [
+            Relay.of(rank, nodes, stage, [total_size(block) for block in blocks])
+            for *stage, blocks in zip(*column, received, strict=True)
+        ]
+
+    def share(self, rank: int, nodes: Ints | None = None) -> Share:
+        """What one rank has to do.
+
+        Args:
+            nodes: (n, m) the ranks of each node, if keys come to a node once; else they go from owner to receiver.
+        """
         queries = np.asarray(self.queries[rank], dtype=np.int64).reshape(-1, 2)
         keys = np.asarray(self.keys[rank], dtype=np.int64).reshape(-1, 2)
-        incoming, outgoing = self._incoming(rank), self._outgoing(rank)
+        incoming, sent = self._incoming(rank), self._sent(rank)
         if self.num_stages > 1:
             mine = np.repeat(self._num_chunks[rank], self.num_ranks), [self._stages[rank]] * self.num_ranks
             incoming = incoming.cut(*mine, self._unit)
-            outgoing = outgoing.cut(self._num_chunks, self._stages, self._unit)
         num_rows, all_keys = total_size(queries), np.array([[0, self.stride]])
         by_rows = localise(self.bands, queries, all_keys)
         rows = np.array([[0, num_rows]])
+        blocks = [incoming.blocks(number) for number in range(self.num_stages)]
+        relays = [None] * len(blocks) if nodes is None else self._relays(rank, nodes, sent, blocks)
         stages = []
-        for number in range(self.num_stages):
-            blocks = incoming.blocks(number)
-            table = fused(localise(by_rows, rows, np.concatenate(blocks)))
-            stages.append(Stage(blocks, outgoing.blocks(number), table))
+        for received, given, relay in zip(blocks, sent, relays, strict=True):
+            table = fused(localise(by_rows, rows, np.concatenate(received)))
+            stages.append(Stage(received, given, table, relay))
         own = fused(localise(by_rows, rows, keys))
         return Share(rank, num_rows, total_size(keys), own, tuple(stages), self.degree == 0)
 
@@ -275,11 +303,13 @@ class Stage:
         receive: of each rank the global ranges of keys that come from it.
         send: to each rank the local ranges of keys that it gets, in the order in which it gets them.
         bands: (n, 6) local queries against the keys received, one block behind the other.
+        relay: how they come by two hops; None if they come by one.
     """
 
     receive: tuple[Intervals, ...]
     send: tuple[Intervals, ...]
     bands: Bands
+    relay: Relay | None = None
 
     @property
     def receive_sizes(self) -> list[int]:

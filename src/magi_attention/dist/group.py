@@ -12,7 +12,10 @@ _flattened: dict[tuple[object, tuple[int, ...], str], dist.ProcessGroup] = {}
 
 
 def group_of(group_or_mesh: object) -> tuple[dist.ProcessGroup, DeviceMesh | None]:
-    """The group, and the mesh if one was given. A mesh of two axes is flattened: its ranks in ascending order.
+    """The group, and the mesh if one was given.
+
+    A mesh of two axes, nodes and the ranks of each, is flattened: its ranks in ascending order. Its own two groups serve
+    keys that come to a node once; see ``DistAttnRuntimeKey.hops``.
 
     Raises:
         ValueError: neither of both, a mesh of more than two axes, a group without this process.

@@ -34,7 +34,8 @@ class DistAttnRuntimeKey:
         total_seqlen_q, total_seqlen_k: tokens of the queries and keys, padding included.
         pad_size, pad_size_k: tokens of padding behind the queries and behind the keys.
         chunk_size: tokens of a chunk.
-        cp_group, cp_mesh: the ranks. cp_mesh is None where a group was given. cp_ranks: their global numbers.
+        cp_group, cp_mesh: the ranks. cp_mesh is None where a group was given; with two axes, nodes and the ranks of each,
+            keys come to a node once and are handed on there. cp_ranks: their global numbers, ascending.
         dist_attn_config: placement and overlap.
         num_heads_q, num_heads_kv, head_dim: what ``calc_attn`` expects, None where it was not said.
         is_same_source, is_q_permutable, is_k_permutable: as in ``magi_attn_flex_key``.
@@ -94,7 +95,25 @@ class DistAttnRuntimeKey:
     @property
     def num_nodes(self) -> int:
         """Rows of a mesh of two axes, ranks of a node each; 1 else."""
-        return 1 if self.cp_mesh is None or self.cp_mesh.ndim == 1 else self.cp_mesh.shape[0]
+        return len(self.nodes)
+
+    @cached_property
+    def nodes(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each node, by their places in ``cp_ranks``: rows of a mesh of two axes; all in one else."""
+        if self.cp_mesh is None or self.cp_mesh.ndim == 1:
+            return (tuple(range(self.cp_size)),)
+        place = {rank: number for number, rank in enumerate(self.cp_ranks)}
+        return tuple(tuple(place[rank] for rank in row) for row in self.cp_mesh.mesh.tolist())
+
+    @property
+    def hops(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+        """The groups by which keys come to a node once: between nodes and within them.
+
+        None if there is one node or one rank a node, so that one hop does the same.
+        """
+        if self.cp_mesh is None or 1 in (len(self.nodes), len(self.nodes[0])):
+            return None
+        return self.cp_mesh.get_group(0), self.cp_mesh.get_group(1)
 
     @cached_property
     def digest(self) -> str:
@@ -115,12 +134,12 @@ class DistAttnRuntimeKey:
             name: None if like is None else sorted(like.described().items())
             for name, like in (("placed_like", self.placed_like), ("k_placed_like", self.k_placed_like))
         }
-        return first | others | likes | {"num_nodes": self.num_nodes, "slices": self.digest}
+        return first | others | likes | {"nodes of cp_mesh": self.nodes, "slices": self.digest}
 
     @cached_property
     def _identity(self) -> tuple[Hashable, ...]:
         others = [getattr(self, f.name) for f in fields(self) if f.name not in ("slices", "cp_mesh")]
-        return len(self.slices), self.digest, self.num_nodes, *others
+        return len(self.slices), self.digest, self.nodes, *others
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DistAttnRuntimeKey):

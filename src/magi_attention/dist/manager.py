@@ -64,6 +64,9 @@ class DistAttnRuntimeMgr:
         alg = config.alg if key.is_q_permutable else SequentialDispatchAlg()
         num_nodes = key.num_nodes if isinstance(alg, BalancedDispatchAlg) else 1
         parts = place(alg, chunks, key.cp_size, num_nodes)
+        if num_nodes > 1:  # parts that are neighbours belong on one node
+            order = np.argsort([rank for node in key.nodes for rank in node])
+            parts = [parts[number] for number in order.tolist()]
         return self._shards([chunks.rows[part] for part in parts], length - key.pad_size)
 
     def _keys(self) -> Shards:
@@ -91,7 +94,10 @@ class DistAttnRuntimeMgr:
         return Exchange.of(self._bands, *ranges, overlap, self.heads, num_nodes=self.key.num_nodes)
 
     def _planned(self) -> Share | None:
-        return None if self.splits_heads else self.exchange.share(self.q_shards.rank)
+        if self.splits_heads:
+            return None
+        nodes = None if self.key.hops is None else np.array(self.key.nodes)
+        return self.exchange.share(self.q_shards.rank, nodes)
 
     @cached_property
     def splits_heads(self) -> bool:
@@ -135,7 +141,12 @@ class DistAttnRuntimeMgr:
             return HeadWork(mask, self.q_shards, self.k_shards)
         assert self.share is not None
         return Work.of(
-            self.share, device, key.cp_group, hides_tail=overlap.hide_tail, sm_margin=overlap.sm_margin
+            self.share,
+            device,
+            key.cp_group,
+            hops=key.hops,
+            hides_tail=overlap.hide_tail,
+            sm_margin=overlap.sm_margin,
         )
 
     def explain(self) -> str:

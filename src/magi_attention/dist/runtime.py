@@ -11,40 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from magi_attention.attention import accumulate, attention, attention_backward
-from magi_attention.dist.exchange import Share, Stage
+from magi_attention.dist.exchange import Share
+from magi_attention.dist.transport import Flight, Hops, Return, Transport, transport_of
 from magi_attention.kernels.problem import stats_dtype
 from magi_attention.mask import Mask
 
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """A stage on a device.
-
-    Attributes:
-        mask: own queries against the keys received. takes: to each rank in turn, which of the own keys it gets; ``taken``
-            is all of them.
-        send_sizes, receive_sizes: keys to and from each rank.
-    """
+    """A stage on a device: own queries against the keys received, and the way by which these come."""
 
     mask: Mask
-    takes: tuple[torch.Tensor, ...]
-    taken: torch.Tensor
-    send_sizes: list[int]
-    receive_sizes: list[int]
-
-    @staticmethod
-    def of(stage: Stage, num_rows: int, device: torch.device) -> Move:
-        """``stage`` on ``device``."""
-        sizes = stage.receive_sizes
-        parts = [np.arange(begin, end) for ranges in stage.send for begin, end in ranges.tolist()]
-        taken = torch.from_numpy(np.concatenate([np.arange(0), *parts])).to(device)
-        takes = taken.split(stage.send_sizes)
-        return Move(Mask(stage.bands, num_rows, sum(sizes)), takes, taken, stage.send_sizes, sizes)
+    way: Transport
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +54,22 @@ class Work:
         device: torch.device,
         group: dist.ProcessGroup | None,
         *,
+        hops: Hops | None = None,
         hides_tail: bool = False,
         sm_margin: int = 0,
     ) -> Work:
-        """``share`` on ``device``; without stages there is nothing to wait for, which is joined, too."""
-        moves = tuple(Move.of(stage, share.num_rows, device) for stage in share.stages)
+        """``share`` on ``device``; without stages there is nothing to wait for, which is joined, too.
+
+        Args:
+            hops: the groups of a share that was planned for nodes.
+        """
+        ways = [transport_of(stage, device, group, hops) for stage in share.stages]
+        moves = tuple(
+            Move(Mask(stage.bands, share.num_rows, way.num_received), way)
+            for stage, way in zip(share.stages, ways, strict=True)
+        )
         is_joined = share.is_joined or not moves
-        num_cols = share.num_cols + (sum(sum(move.receive_sizes) for move in moves) if is_joined else 0)
+        num_cols = share.num_cols + (sum(way.num_received for way in ways) if is_joined else 0)
         mask = Mask(share.joined() if is_joined else share.bands, share.num_rows, num_cols)
         return Work(mask, moves, group, is_joined, hides_tail and not is_joined, sm_margin)
 
@@ -107,35 +98,15 @@ def attend(
     return _Attend.apply(q, k, v, sink, work, settings, return_max_logits)
 
 
-class _Flight:
-    """Rows under way, and the memory that must live as long."""
-
-    def __init__(
-        self, sent: torch.Tensor, sizes: list[int], sent_sizes: list[int], group: dist.ProcessGroup | None
-    ) -> None:
-        self._sent = sent
-        self._rows = sent.new_empty(sum(sizes), *sent.shape[1:])
-        self._handle = dist.all_to_all_single(self._rows, sent, sizes, sent_sizes, group=group, async_op=True)
-
-    def land(self) -> torch.Tensor:
-        """The rows received: the device waits for them, without one the host."""
-        self._handle.wait()
-        return self._rows
-
-
 class _Arrivals:
     """Keys and values of stages, (received, HK, D + DV): the first leave at once, then always one stage ahead."""
 
-    def __init__(self, packed: torch.Tensor, moves: Sequence[Move], work: Work) -> None:
-        self._packed, self._moves, self._work = packed, moves, work
+    def __init__(self, packed: torch.Tensor, moves: Sequence[Move]) -> None:
+        self._packed, self._moves = packed, moves
         self._flight = self._depart(0)
 
-    def _depart(self, number: int) -> _Flight | None:
-        if number >= len(self._moves):
-            return None
-        move = self._moves[number]
-        sent = self._packed.index_select(0, move.taken)
-        return _Flight(sent, move.receive_sizes, move.send_sizes, self._work.group)
+    def _depart(self, number: int) -> Flight | None:
+        return self._moves[number].way.fetch(self._packed) if number < len(self._moves) else None
 
     def __iter__(self) -> Iterator[tuple[Move, torch.Tensor]]:
         for number, move in enumerate(self._moves):
@@ -149,20 +120,17 @@ class _Arrivals:
 class _Returns:
     """Gradients of keys on their way to the owners."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._flights: list[tuple[Move, _Flight]] = []
+    def __init__(self) -> None:
+        self._returns: list[Return] = []
 
     def send(self, gradient: torch.Tensor, move: Move) -> None:
         """Give back that of the keys which ``move`` brought."""
-        flight = _Flight(gradient, move.send_sizes, move.receive_sizes, self._work.group)
-        self._flights.append((move, flight))
+        self._returns.append(move.way.give_back(gradient))
 
     def add_to(self, own: torch.Tensor) -> torch.Tensor:
         """Those of this rank's keys, in the order of stages and ranks."""
-        for move, flight in self._flights:
-            for take, part in zip(move.takes, flight.land().split(move.send_sizes), strict=True):
-                own.index_add_(0, take, part.to(own.dtype))  # a rank gets no key twice
+        for each in self._returns:
+            each.add_to(own)
         return own
 
 
@@ -171,7 +139,7 @@ class _Attend(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def,override]
         ctx: Any, q, k, v, sink, work: Work, settings: dict, return_max_logits: bool
     ) -> tuple:
-        arrivals = _Arrivals(torch.cat([k, v], dim=-1), work.moves, work)
+        arrivals = _Arrivals(torch.cat([k, v], dim=-1), work.moves)
         forward = _joined_forward if work.is_joined else _staged_forward
         given = {**settings, "return_max_logits": return_max_logits}
         out, lse, top, kept = forward(q, k, v, sink, work, arrivals, given)
@@ -212,12 +180,12 @@ def _joined(k: torch.Tensor, v: torch.Tensor, arrivals: _Arrivals) -> tuple[torc
 
 
 def _joined_backward(dout, q, k, v, out, lse, _kept, work: Work, given: dict) -> tuple:  # type: ignore[no-untyped-def]
-    keys, values = _joined(k, v, _Arrivals(torch.cat([k, v], dim=-1), work.moves, work))
+    keys, values = _joined(k, v, _Arrivals(torch.cat([k, v], dim=-1), work.moves))
     dq, dk, dv = attention_backward(dout, q, keys, values, out, lse, work.mask, **given)
     if not work.moves:
         return dq, dk, dv
-    returns = _Returns(work)
-    own, *gradients = torch.cat([dk, dv], dim=-1).split([len(k), *(sum(m.receive_sizes) for m in work.moves)])
+    returns = _Returns()
+    own, *gradients = torch.cat([dk, dv], dim=-1).split([len(k), *(m.way.num_received for m in work.moves)])
     for move, gradient in zip(work.moves, gradients, strict=True):
         returns.send(gradient, move)
     total = returns.add_to(own.to(lse.dtype))
@@ -237,7 +205,7 @@ def _staged_forward(q, k, v, sink, work: Work, arrivals: _Arrivals, given: dict)
 
 
 def _staged_backward(dout, q, k, v, out, lse, kept, work: Work, given: dict) -> tuple:  # type: ignore[no-untyped-def]
-    widths, returns = [k.shape[-1], v.shape[-1]], _Returns(work)
+    widths, returns = [k.shape[-1], v.shape[-1]], _Returns()
     own = dq = torch.empty(0)
     for number, (move, keys, values) in enumerate(_parts(k, v, kept, work)):
         mask = work.mask if move is None else move.mask
@@ -258,7 +226,7 @@ def _parts(
     """Keys and values in the order of the backward: own ones, of no move, first, or last if some are kept."""
     widths = [k.shape[-1], v.shape[-1]]
     moves = work.moves if kept is None else work.moves[:-1]
-    arrivals = _Arrivals(torch.cat([k, v], dim=-1), moves, work)
+    arrivals = _Arrivals(torch.cat([k, v], dim=-1), moves)
     if kept is None:
         yield None, k, v
     else:
