@@ -132,7 +132,7 @@ class Loads:
 
     Attributes:
         rows: its queries. own, remote: pairs in whole tiles with its own keys, and with those of others.
-        received: keys of others. abroad: those of them that come from other nodes, all 0 without nodes.
+        received: keys of others. abroad: those that come to it from other nodes, for its whole node, all 0 without nodes.
     """
 
     rows: Ints
@@ -152,9 +152,9 @@ def attention_us(work: int, heads: Heads, direction: str, machine: Machine) -> f
 
 
 def transfer_us(received: int, abroad: int, token_bytes: int, machine: Machine) -> float:
-    """Microseconds of tokens from within the node and from others, which travel side by side."""
-    near = machine.intra.us((received - abroad) * token_bytes)
-    return max(near, machine.inter.us(abroad * token_bytes))
+    """Microseconds of tokens from other nodes, and of handing on within the node what a rank does not bring itself."""
+    near = machine.intra.us(max(received - abroad, 0) * token_bytes)
+    return near + machine.inter.us(abroad * token_bytes)
 
 
 def step_us(loads: Loads, heads: Heads, degree: int, machine: Machine) -> tuple[float, float]:

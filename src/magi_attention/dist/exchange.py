@@ -154,7 +154,10 @@ class Exchange:
         )
 
     def loads(self, num_nodes: int = 1) -> Loads:
-        """What each rank computes and receives, nodes having as many neighbouring ranks each."""
+        """What each rank computes and receives, nodes having as many neighbouring ranks each.
+
+        A key comes to a node once, by whichever rank: each is taken to bring as many.
+        """
         pieces, rank = self.pieces
         moved = _moved(pieces, rank, self.stride)
         own, piece, _ = split(moved, self.own, K0)
@@ -167,7 +170,8 @@ class Exchange:
         ours, whole = (
             np.array([int(x) * work // area for x in each], dtype=np.int64) for each in (ours, whole)
         )
-        return Loads(rows, ours, whole - ours, self.received, self.traffic(num_nodes).between)
+        once, size = self.traffic(num_nodes).once, self.num_ranks // num_nodes
+        return Loads(rows, ours, whole - ours, self.received, np.repeat(-(-once // size), size))
 
     @cached_property
     def _num_chunks(self) -> Ints:

@@ -41,8 +41,8 @@ def explain_plan(
     ]
     if num_nodes > 1:
         lines.append(
-            f"from other nodes: most {moved.between.max()}, mean {moved.between.mean():.0f} by a rank;"
-            f" {moved.once.mean() * num_nodes / exchange.num_ranks:.0f} a rank if each key came to a node once"
+            f"from other nodes: most {moved.between.max()}, mean {moved.between.mean():.0f} needed by a rank;"
+            f" each key comes to a node once, {moved.once.sum() / exchange.num_ranks:.0f} a rank"
         )
     lines.append(f"stages: {exchange.num_stages} (degree {exchange.degree})")
     lines += [

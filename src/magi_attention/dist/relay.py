@@ -23,8 +23,8 @@ NOTHING: Intervals = np.zeros((0, 2), dtype=np.int64)
 class Relay:
     """One rank's part of a stage in two hops.
 
-    The lane's rows are those of its own keys that its node needs, then what comes from the others of its column. Peers are
-    in ascending order.
+    The lane's rows are those of its own keys that its node needs, then what comes from the others of its column. Peers
+    are in ascending order.
 
     Attributes:
         own: places of own keys that ranks of the own node need.
