@@ -232,7 +232,10 @@ def check_compiled(group):
         out, meta = calc_attn(heads, heads, heads, key)
         return undispatch(2 * out + meta.lse[..., None], key)
 
-    found = [(run(x), *torch.autograd.grad(run(x).square().sum(), x)) for run in (program, torch.compile(program, backend="aot_eager"))]
+    found = [
+        (run(x), *torch.autograd.grad(run(x).square().sum(), x))
+        for run in (program, torch.compile(program, backend="aot_eager"))
+    ]
     for ours, theirs in zip(*found, strict=True):
         same(ours, theirs)
 

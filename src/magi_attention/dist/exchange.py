@@ -36,7 +36,6 @@ from magi_attention.mask.bands import (
     localise,
     overlapping_intervals,
     relax,
-    shift,
     split,
     tighten,
     transpose,
@@ -281,7 +280,11 @@ class Exchange:
             table = fused(localise(by_rows, rows, np.concatenate(received)))
             stages.append(Stage(received, given, table, relay))
         own = fused(localise(by_rows, rows, keys))
-        return Share(rank, num_rows, total_size(keys), own, tuple(stages), self.degree == 0)
+        joined = None
+        if self.degree == 0:
+            ranges, places = _in_order([keys, *map(np.concatenate, blocks)])
+            joined = Joined(fused(localise(by_rows, rows, ranges)), places)
+        return Share(rank, num_rows, total_size(keys), own, tuple(stages), joined)
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,14 +330,26 @@ class Stage:
 
 
 @dataclass(frozen=True, eq=False)
+class Joined:
+    """Own keys and all that are received, in the order in which they are in the sequence, where bands are the fewest.
+
+    Attributes:
+        bands: (n, 6) own queries against them. places: where own keys go, and those of each stage.
+    """
+
+    bands: Bands
+    places: tuple[Ints, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Share:
     """One rank's part of the attention.
 
     Attributes:
         rank: whose. num_rows, num_cols: its own queries and keys.
         bands: (n, 6) its own queries against its own keys. stages: what else it sees.
-        is_joined: degree 0: there is at most one stage, whose keys are meant to be laid behind the own ones, and all
-            computed in one call with the bands ``joined()``. ``bands`` and ``stages`` hold as with degree 1.
+        joined: with degree 0: there is at most one stage, and all keys are meant for one call. ``bands`` and ``stages``
+            hold as with degree 1.
     """
 
     rank: int
@@ -342,15 +357,7 @@ class Share:
     num_cols: int
     bands: Bands
     stages: tuple[Stage, ...]
-    is_joined: bool = False
-
-    def joined(self) -> Bands:
-        """(n, 6) own queries against own keys with those of all stages behind them."""
-        tables, begin = [self.bands], self.num_cols
-        for stage in self.stages:
-            tables.append(shift(stage.bands, cols=begin))
-            begin += sum(stage.receive_sizes)
-        return fused(np.concatenate(tables))
+    joined: Joined | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -422,6 +429,17 @@ def _fused_columns(bands: Bands) -> Bands:
     joined = bands[first]
     joined[:, K1] = bands[np.append(first[1:], True)[: len(bands)], K1]
     return joined
+
+
+def _in_order(tables: Sequence[Intervals]) -> tuple[Intervals, tuple[Ints, ...]]:
+    """All ranges, ascending, and for each table where its positions are then, if all lie one behind the other."""
+    ranges = np.concatenate(tables)
+    order = np.argsort(ranges[:, 0], kind="stable")
+    begins = np.empty(len(ranges), dtype=np.int64)
+    begins[order] = offsets(ranges[order])[:-1]
+    before = offsets(ranges)
+    places = np.repeat(begins - before[:-1], ranges[:, 1] - ranges[:, 0]) + np.arange(before[-1])
+    return ranges[order], tuple(np.split(places, np.cumsum([total_size(table) for table in tables])[:-1]))
 
 
 def _gathered(tables: Ranges) -> tuple[Intervals, Ints]:

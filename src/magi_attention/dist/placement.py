@@ -11,7 +11,7 @@ from functools import singledispatch
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.common.intervals import total_size, unstack
+from magi_attention.common.intervals import difference, merge, stack, total_size, unstack
 from magi_attention.config import (
     BalancedDispatchAlg,
     BSDispatchAlg,
@@ -60,8 +60,13 @@ def place(alg: DispatchAlg, chunks: Chunks, num_ranks: int, num_nodes: int = 1) 
         return [list(range(len(chunks)))]
     if isinstance(alg, BalancedDispatchAlg):
         room = np.array([len(part) for part in np.array_split(np.arange(len(chunks)), num_ranks)])
-        slack = min(alg.slack, _worthwhile(chunks, num_ranks))
+        seen, _ = unstack(chunks.needed, chunks.stride)
+        most = min(total_size(seen) // num_ranks, chunks.num_masks * chunks.num_cols)
+        slack = min(alg.slack, _worthwhile(chunks, num_ranks, most))
         rank = balanced(chunks, room, slack, alg.rounds, num_nodes)
+        less = _worthwhile(chunks, num_ranks, _received(chunks, rank))
+        if less < slack / 4:
+            rank = balanced(chunks, room, less, alg.rounds, num_nodes)
         order = np.argsort(rank, kind="stable")
         return [part.tolist() for part in np.split(order, np.cumsum(room)[:-1])]
     if num_nodes > 1:
@@ -70,17 +75,27 @@ def place(alg: DispatchAlg, chunks: Chunks, num_ranks: int, num_nodes: int = 1) 
     return [sorted(map(int, part)) for part in _place(alg, chunks, num_ranks)]
 
 
-def _worthwhile(chunks: Chunks, num_ranks: int) -> float:
-    """The part of its work that a rank may have more for the sake of fewer keys: a quarter of what keys cost at most.
+def _worthwhile(chunks: Chunks, num_ranks: int, received: int) -> float:
+    """The part of its work that a rank may have more for fewer keys: a quarter of what ``received`` ones cost.
 
     Long dense sequences are bound by work: a rank with 4 % more of it makes all others wait longer than keys take.
     """
-    seen, _ = unstack(chunks.needed, chunks.stride)
-    most = min(total_size(seen) // num_ranks, chunks.num_masks * chunks.num_cols)
     work, machine = int(chunks.work.sum()) // num_ranks, Machine()
     busy = sum(attention_us(work, TYPICAL, direction, machine) for direction in DIRECTIONS)
     token_bytes = 2 * TYPICAL.kv_bytes + TYPICAL.kv_gradient_bytes
-    return transfer_us(most, 0, token_bytes, machine) / (4 * busy) if busy else 1.0
+    return transfer_us(received, 0, token_bytes, machine) / (4 * busy) if busy else 1.0
+
+
+def _received(chunks: Chunks, rank: Ints) -> int:
+    """The most keys that a rank receives."""
+    needed, held = (
+        merge(stack(ranges, rank[chunk], chunks.stride))
+        for ranges, chunk in (unstack(table, chunks.stride) for table in (chunks.needed, chunks.held))
+    )
+    ranges, of = unstack(difference(needed, held), chunks.stride)
+    counts = np.zeros(int(rank.max()) + 1, dtype=np.int64)
+    np.add.at(counts, of, ranges[:, 1] - ranges[:, 0])
+    return int(counts.max())
 
 
 def bound(alg: DispatchAlg, chunks: Chunks, num_ranks: int) -> float:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from magi_attention.attention import accumulate, attention, attention_backward
 from magi_attention.dist.exchange import Share
-from magi_attention.dist.transport import Flight, Hops, Return, Transport, transport_of
+from magi_attention.dist.transport import Flight, Hops, Return, Transport, picked, transport_of
 from magi_attention.kernels.problem import stats_dtype
 from magi_attention.mask import Mask
 
@@ -34,8 +34,9 @@ class Work:
     """A rank's share on a device, and the group it is shared with.
 
     Attributes:
-        mask: own queries against own keys; with ``is_joined`` those received follow. moves: stages.
-        is_joined: nothing is computed before all keys are there, and then all at once.
+        mask: own queries against own keys, or all with ``places``. moves: stages.
+        places: nothing is computed before all keys are there, and then all at once: where own keys go, and those of each
+            stage. Else None.
         hides_tail: the last stage's keys are kept for the backward, which begins with them and ends with the own ones:
             no gradient is waited for that is not hidden behind these.
         sm_margin: multiprocessors that attention leaves to the transport.
@@ -44,9 +45,14 @@ class Work:
     mask: Mask
     moves: tuple[Move, ...]
     group: dist.ProcessGroup | None
-    is_joined: bool = False
+    places: tuple[torch.Tensor, ...] | None = None
     hides_tail: bool = False
     sm_margin: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one call for everything."""
+        return self.places is not None or not self.moves
 
     @staticmethod
     def of(
@@ -58,7 +64,7 @@ class Work:
         hides_tail: bool = False,
         sm_margin: int = 0,
     ) -> Work:
-        """``share`` on ``device``; without stages there is nothing to wait for, which is joined, too.
+        """``share`` on ``device``.
 
         Args:
             hops: the groups of a share that was planned for nodes.
@@ -68,10 +74,13 @@ class Work:
             Move(Mask(stage.bands, share.num_rows, way.num_received), way)
             for stage, way in zip(share.stages, ways, strict=True)
         )
-        is_joined = share.is_joined or not moves
-        num_cols = share.num_cols + (sum(way.num_received for way in ways) if is_joined else 0)
-        mask = Mask(share.joined() if is_joined else share.bands, share.num_rows, num_cols)
-        return Work(mask, moves, group, is_joined, hides_tail and not is_joined, sm_margin)
+        joined = share.joined if moves else None
+        if joined is None:
+            mask = Mask(share.bands, share.num_rows, share.num_cols)
+            return Work(mask, moves, group, None, hides_tail, sm_margin)
+        num_cols = sum(map(len, joined.places))
+        places = tuple(torch.from_numpy(place).to(device) for place in joined.places)
+        return Work(Mask(joined.bands, share.num_rows, num_cols), moves, group, places, False, sm_margin)
 
 
 @torch.compiler.disable
@@ -101,12 +110,12 @@ def attend(
 class _Arrivals:
     """Keys and values of stages, (received, HK, D + DV): the first leave at once, then always one stage ahead."""
 
-    def __init__(self, packed: torch.Tensor, moves: Sequence[Move]) -> None:
-        self._packed, self._moves = packed, moves
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, moves: Sequence[Move]) -> None:
+        self._own, self._moves = (k, v), moves
         self._flight = self._depart(0)
 
     def _depart(self, number: int) -> Flight | None:
-        return self._moves[number].way.fetch(self._packed) if number < len(self._moves) else None
+        return self._moves[number].way.fetch(*self._own) if number < len(self._moves) else None
 
     def __iter__(self) -> Iterator[tuple[Move, torch.Tensor]]:
         for number, move in enumerate(self._moves):
@@ -139,8 +148,8 @@ class _Attend(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def,override]
         ctx: Any, q, k, v, sink, work: Work, settings: dict, return_max_logits: bool
     ) -> tuple:
-        arrivals = _Arrivals(torch.cat([k, v], dim=-1), work.moves)
-        forward = _joined_forward if work.is_joined else _staged_forward
+        arrivals = _Arrivals(k, v, work.moves)
+        forward = _whole_forward if work.is_whole else _staged_forward
         given = {**settings, "return_max_logits": return_max_logits}
         out, lse, top, kept = forward(q, k, v, sink, work, arrivals, given)
         ctx.save_for_backward(q, k, v, sink, out, lse, kept if work.hides_tail else None)
@@ -158,34 +167,40 @@ class _Attend(torch.autograd.Function):
         q, k, v, sink, out, lse, kept = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         given = {**ctx.settings, "dlse": dlse, "deterministic": torch.are_deterministic_algorithms_enabled()}
-        backward = _joined_backward if ctx.work.is_joined else _staged_backward
+        backward = _whole_backward if ctx.work.is_whole else _staged_backward
         dq, dk, dv = backward(dout, q, k, v, out, lse, kept, ctx.work, given)
         dsink = None if sink is None else _gradient_of_sink(sink, out, lse, dout, dlse)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None, None, None
 
 
-def _joined_forward(q, k, v, sink, work: Work, arrivals: _Arrivals, given: dict) -> tuple:  # type: ignore[no-untyped-def]
-    keys, values = _joined(k, v, arrivals)
+def _whole_forward(q, k, v, sink, work: Work, arrivals: _Arrivals, given: dict) -> tuple:  # type: ignore[no-untyped-def]
+    keys, values = _joined(k, v, work, arrivals)
     out, meta = attention(q, keys, values, work.mask, sink=sink, **given)
     return out, meta.lse, meta.max_logits, None
 
 
-def _joined(k: torch.Tensor, v: torch.Tensor, arrivals: _Arrivals) -> tuple[torch.Tensor, torch.Tensor]:
-    """Own keys and values, then those received."""
-    received = [rows.split([k.shape[-1], v.shape[-1]], dim=-1) for _, rows in arrivals]
-    if not received:
+def _joined(
+    k: torch.Tensor, v: torch.Tensor, work: Work, arrivals: _Arrivals
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Own keys and values and those received, each in its place."""
+    if work.places is None:
         return k, v
-    keys, values = zip(*received, strict=True)
-    return torch.cat([k, *keys]), torch.cat([v, *values])
+    own, *places = work.places
+    num_cols = work.mask.num_cols
+    keys, values = (x.new_empty(num_cols, *x.shape[1:]).index_copy_(0, own, x) for x in (k, v))
+    for place, (_, rows) in zip(places, arrivals, strict=True):
+        for whole, part in zip((keys, values), rows.split([k.shape[-1], v.shape[-1]], dim=-1), strict=True):
+            whole.index_copy_(0, place, part)
+    return keys, values
 
 
-def _joined_backward(dout, q, k, v, out, lse, _kept, work: Work, given: dict) -> tuple:  # type: ignore[no-untyped-def]
-    keys, values = _joined(k, v, _Arrivals(torch.cat([k, v], dim=-1), work.moves))
+def _whole_backward(dout, q, k, v, out, lse, _kept, work: Work, given: dict) -> tuple:  # type: ignore[no-untyped-def]
+    keys, values = _joined(k, v, work, _Arrivals(k, v, work.moves))
     dq, dk, dv = attention_backward(dout, q, keys, values, out, lse, work.mask, **given)
-    if not work.moves:
+    if work.places is None:
         return dq, dk, dv
     returns = _Returns()
-    own, *gradients = torch.cat([dk, dv], dim=-1).split([len(k), *(m.way.num_received for m in work.moves)])
+    own, *gradients = (picked((dk, dv), place) for place in work.places)
     for move, gradient in zip(work.moves, gradients, strict=True):
         returns.send(gradient, move)
     total = returns.add_to(own.to(lse.dtype))
@@ -226,7 +241,7 @@ def _parts(
     """Keys and values in the order of the backward: own ones, of no move, first, or last if some are kept."""
     widths = [k.shape[-1], v.shape[-1]]
     moves = work.moves if kept is None else work.moves[:-1]
-    arrivals = _Arrivals(torch.cat([k, v], dim=-1), moves)
+    arrivals = _Arrivals(k, v, moves)
     if kept is None:
         yield None, k, v
     else:

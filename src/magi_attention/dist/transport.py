@@ -44,8 +44,8 @@ class Transport(Protocol):
     def num_received(self) -> int:
         """Keys that come to this rank."""
 
-    def fetch(self, packed: torch.Tensor) -> Flight:
-        """Send rows of own keys, and receive those of others in the order of owners."""
+    def fetch(self, k: torch.Tensor, v: torch.Tensor) -> Flight:
+        """Send rows of own keys and values, side by side, and receive those of others in the order of owners."""
 
     def give_back(self, gradient: torch.Tensor) -> Return:
         """Send home the gradients of what was received."""
@@ -59,6 +59,11 @@ def transport_of(
         return OneHop(_Rows.of(stage.send, device), stage.receive_sizes, group)
     assert hops is not None
     return TwoHops.of(stage.relay, stage.receive_sizes, device, hops)
+
+
+def picked(parts: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """Rows of tensors, side by side along the last axis."""
+    return torch.cat([part.index_select(0, index) for part in parts], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +113,9 @@ class OneHop:
     def num_received(self) -> int:
         return sum(self.receive_sizes)
 
-    def fetch(self, packed: torch.Tensor) -> Flight:
-        sent = packed.index_select(0, self.send.index)
-        return _Hop(sent, self.send.sizes, _empty(packed, self.num_received), self.receive_sizes, self.group)
+    def fetch(self, k: torch.Tensor, v: torch.Tensor) -> Flight:
+        sent = picked((k, v), self.send.index)
+        return _Hop(sent, self.send.sizes, _empty(sent, self.num_received), self.receive_sizes, self.group)
 
     def give_back(self, gradient: torch.Tensor) -> Return:
         into = _empty(gradient, sum(self.send.sizes))
@@ -167,20 +172,20 @@ class TwoHops:
         """Rows of the lane: own ones, and those that arrive."""
         return [*self.own.sizes, sum(self.arrive_sizes)]
 
-    def fetch(self, packed: torch.Tensor) -> Flight:
-        lane = _empty(packed, sum(self._lane_sizes))
+    def fetch(self, k: torch.Tensor, v: torch.Tensor) -> Flight:
+        sent = picked((k, v), self.send.index)
+        lane = _empty(sent, sum(self._lane_sizes))
         near, far = lane.split(self._lane_sizes)
-        torch.index_select(packed, 0, self.own.index, out=near)
-        sent = packed.index_select(0, self.send.index)
+        near.copy_(picked((k, v), self.own.index))
         first = _Hop(sent, self.send.sizes, far, self.arrive_sizes, self.across)
-        received = _empty(packed, self.num_received)
+        received = _empty(sent, self.num_received)
 
         def second() -> _Hop:
             first.land()
             handed = lane.index_select(0, self.hand.index)
             return _Hop(handed, self.hand.sizes, received, self.passed_sizes, self.within)
 
-        return _Sorted(_Relayed(second, packed.device), self)
+        return _Sorted(_Relayed(second, sent.device), self)
 
     def give_back(self, gradient: torch.Tensor) -> Return:
         passed = _empty(gradient, sum(self.hand.sizes))
