@@ -1,10 +1,11 @@
 """Attention over several GPUs: this library's context parallelism against other ways to share it, and the kernel alone.
 
-    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --json benchmarks/results/context-parallel-2.json
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --json benchmarks/results/context-parallel.json
+    python benchmarks/context_parallel.py --ranks 4 --json benchmarks/results/context-parallel-4-ranks.json
 
 Every subject is compared with one device before it is timed: out and the gradients of this rank's rows. TFLOP/s are per
 GPU, of the slowest rank. "kernel alone" is the same work a GPU without anything to wait for: all tokens, some of the
-heads.
+heads. ``--ranks`` computes the parts of so many ranks one after the other on one GPU, without transfers, see cp_ranks.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cp_peers import Peer, shards_of
+from benchmarks.cp_ranks import Ranks, sample
 from benchmarks.planner import packs
 from benchmarks.report import Report, Row, environment
 from magi_attention import Mask, attention
@@ -36,7 +38,10 @@ from magi_attention.config import (
     MinHeapDispatchAlg,
     OverlapConfig,
 )
+from magi_attention.dist import cost
+from magi_attention.dist.explain import explain_plan
 from magi_attention.dist.manager import dist_attn_runtime_dict_mgr
+from magi_attention.dist.runtime import Work
 from magi_attention.dist.shard import Shards
 
 HEADS, KV_HEADS, HEAD_DIM = 64, 8, 128
@@ -194,6 +199,41 @@ def measure(report: Report, name: str, tokens: int, args: argparse.Namespace, de
     torch.cuda.empty_cache()
 
 
+def measure_ranks(
+    report: Report, name: str, tokens: int, args: argparse.Namespace, device: torch.device
+) -> None:
+    """The parts of ``args.ranks`` ranks, and the kernel alone on as much work."""
+    mask = mask_of(name, tokens)
+    torch.manual_seed(0)
+    shapes = [(tokens, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    data = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    ranks = Ranks(mask, args.ranks, cost.Heads(HEADS, KV_HEADS, HEAD_DIM))
+    alone = [x[:, : x.shape[1] // args.ranks].contiguous() for x in data]
+    samples = {ALONE: alone_seconds(mask, alone, args.rounds), OURS: ranks.slowest(data, args.rounds)}
+    for subject, seconds in samples.items():
+        for direction, value in zip(("forward", "backward"), seconds, strict=True):
+            row = Row(name, tokens, HEADS, KV_HEADS, HEAD_DIM, "bf16", direction, subject, subject == OURS,
+                      mask.area // args.ranks)  # fmt: skip
+            row.rounds, row.timed = args.rounds, "events around one call, slowest rank, without transfers"
+            row.fill({"seconds": value, "seconds_q1": value, "seconds_q3": value})
+            report.add([row])
+    heads = cost.Heads(HEADS, KV_HEADS, HEAD_DIM)
+    report.add_cost(f"plan of {name} {tokens}", explain_plan(ranks.exchange, heads))
+    add_targets(report, name, tokens)
+
+
+def alone_seconds(mask: Mask, data: list[torch.Tensor], rounds: int) -> tuple[float, float]:
+    """Of the kernel on all tokens of ``data``."""
+    work = Work(mask, (), None)
+    *leaves, dout = data
+    for leaf in leaves:
+        leaf.requires_grad_()
+    forward, backward = np.median(
+        [sample(leaves, dout, work) for _ in range(rounds + 2)][2:], axis=0
+    ).tolist()
+    return forward, backward
+
+
 def reference(mask: Mask, data: list[torch.Tensor]) -> list[torch.Tensor]:
     """out and gradients of one device, some heads after the others to save memory."""
     parts = []
@@ -232,21 +272,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", nargs="+", default=["causal:65536", "varlen_causal:65536", "window:65536"])
     parser.add_argument("--subjects", nargs="+", default=[*CONFIGS, *PEERS])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ranks", type=int, help="compute their parts one after the other")
     parser.add_argument("--commit")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    is_first = dist.get_rank() == 0
-    if not is_first:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the end
-    arguments = {"ranks": dist.get_world_size(), "rounds": args.rounds}
-    report = Report(environment(device, args.commit), arguments, args.json if is_first else None)
+    if args.ranks is None:
+        dist.init_process_group("nccl", device_id=device)
+        if dist.get_rank() > 0:
+            args.json = None
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the end
+    arguments = {"ranks": args.ranks or dist.get_world_size(), "rounds": args.rounds}
+    report = Report(environment(device, args.commit), arguments, args.json)
     for work in args.work:
         name, _, tokens = work.partition(":")
-        measure(report, name, int(tokens), args, device)
-    dist.destroy_process_group()
+        (measure if args.ranks is None else measure_ranks)(report, name, int(tokens), args, device)
+    if args.ranks is None:
+        dist.destroy_process_group()
     return 0
 
 
