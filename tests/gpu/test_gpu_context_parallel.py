@@ -17,6 +17,10 @@ def test_equals_the_definition(ranks):
     run("nccl_program.py", ranks, CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
+def test_a_captured_call():
+    run("nccl_program.py", 2, "graph")
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_documented_example(ranks, tmp_path):
     if torch.cuda.device_count() < ranks:
