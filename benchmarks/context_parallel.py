@@ -53,9 +53,6 @@ WORST = 1e-2
 DYNAMIC = OverlapConfig(mode=AttnOverlapMode.DYNAMIC, degree=None)
 CONFIGS = {
     OURS: DistAttnConfig(DispatchConfig(alg=BalancedDispatchAlg()), DYNAMIC),
-    "ours, degree 0": DistAttnConfig(
-        DispatchConfig(alg=BalancedDispatchAlg()), OverlapConfig(degree=0), strategy="keys"
-    ),
     "ours, degree 1": DistAttnConfig(
         DispatchConfig(alg=BalancedDispatchAlg()), OverlapConfig(degree=1), strategy="keys"
     ),
@@ -192,7 +189,7 @@ def measure(report: Report, name: str, tokens: int, args: argparse.Namespace, de
             row.fill({"seconds": median, "seconds_q1": low, "seconds_q3": high})
             report.add([row])
     ours = next(subject for subject in subjects if subject.name == OURS)
-    report.add_cost(f"plan of {name} {tokens}", dist_attn_runtime_dict_mgr[ours.key].explain())
+    report.add_cost(f"plan of {name} {tokens}", in_line(dist_attn_runtime_dict_mgr[ours.key].explain()))
     add_targets(report, name, tokens)
     del subjects
     gc.collect()
@@ -218,7 +215,7 @@ def measure_ranks(
             row.fill({"seconds": value, "seconds_q1": value, "seconds_q3": value})
             report.add([row])
     heads = cost.Heads(HEADS, KV_HEADS, HEAD_DIM)
-    report.add_cost(f"plan of {name} {tokens}", explain_plan(ranks.exchange, heads))
+    report.add_cost(f"plan of {name} {tokens}", in_line(explain_plan(ranks.exchange, heads)))
     add_targets(report, name, tokens)
 
 
@@ -246,6 +243,11 @@ def reference(mask: Mask, data: list[torch.Tensor]) -> list[torch.Tensor]:
         out, _ = attention(*leaves, mask)
         parts.append([out.detach(), *torch.autograd.grad(out, leaves, dout.contiguous())])
     return [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
+
+
+def in_line(text: str) -> str:
+    """Lines as one."""
+    return "; ".join(text.splitlines())
 
 
 def add_targets(report: Report, name: str, tokens: int) -> None:
