@@ -81,7 +81,8 @@ _PLACE = """
 _SOURCES = """
     is_same_source: queries and keys are the same tokens (self-attention), so that they lie on the same ranks.
     is_q_permutable, is_k_permutable: whether tokens may be dealt as balance wants it; otherwise each rank has the next
-        piece of the sequence. Keys of another source are not permuted in any case."""
+        piece of the sequence. Keys of another source that may be permuted are dealt to ranks whose
+        queries see them."""
 _HEADS = """
     num_heads_q, num_heads_kv, head_dim: what ``calc_attn`` will get, and refuse otherwise; None is anything."""
 _KEY_TEXT = """{summary}

@@ -23,6 +23,7 @@ from magi_attention.dist.explain import explain_plan
 from magi_attention.dist.group import ranks_of
 from magi_attention.dist.heads import HeadWork, attend_by_heads, can_split
 from magi_attention.dist.key import DistAttnRuntimeKey
+from magi_attention.dist.key_placement import place_keys
 from magi_attention.dist.placement import place
 from magi_attention.dist.runtime import Work, attend
 from magi_attention.dist.shard import Shards
@@ -70,10 +71,14 @@ class DistAttnRuntimeMgr:
         return self._shards([chunks.rows[part] for part in parts], length - key.pad_size)
 
     def _keys(self) -> Shards:
-        """Keys of another source, as they come: each rank one piece."""
+        """Keys of another source: each rank one piece as they come, or as many where its queries see them."""
         length, num_ranks = self.key.total_seqlen_k, self.key.cp_size
-        pieces = cuts_of(length, max(-(-length // num_ranks), 1))
-        return self._shards([pieces[n : n + 1] for n in range(num_ranks)], length - self.key.pad_size_k)
+        cuts = cuts_of(length, max(-(-length // num_ranks), 1))
+        pieces = [cuts[n : n + 1] for n in range(num_ranks)]
+        if self.key.is_k_permutable and num_ranks > 1:
+            seen = Exchange(self._bands, self.q_shards.ranges, pieces)
+            pieces = place_keys(seen.seen, seen.stride, pieces, self.key.chunk_size)
+        return self._shards(pieces, length - self.key.pad_size_k)
 
     def _shards(self, ranges: list[Intervals], length: int) -> Shards:
         return Shards(length, ranges, dist.get_rank(self.key.cp_group), self.key.cp_group)
