@@ -49,8 +49,8 @@ def ways(
     nodes = None if mesh is None else mesh.mesh.numpy()
     hops = None if mesh is None else (mesh.get_group(0), mesh.get_group(1))
     for number, hides_tail in ((degree, False), (degree, True), (0, False)):
-        exchange = Exchange(mask.bands, parts, parts, number, OverlapConfig(min_chunk_size=8))
-        work = Work.of(exchange.share(rank, nodes), device, None, hops=hops, hides_tail=hides_tail)
+        exchange = Exchange(mask.bands, parts, parts, number, OverlapConfig(min_chunk_size=8), nodes)
+        work = Work.of(exchange.share(rank), device, None, hops=hops, hides_tail=hides_tail)
         yield partial(attend, work=work)
     if mesh is None and can_split(*heads, ranks):
         shards = Shards(mask.num_rows, parts, rank)

@@ -58,6 +58,9 @@ class Exchange:
         degree: stages of what is received; fewer where there is little. 0: one that is not overlapped, see ``Share``.
         overlap: how stages are made: ``min_chunk_size``, ``max_num_chunks`` and ``alg``. What a rank receives is cut into
             chunks, each with a part of every sender's block, and these are grouped into stages.
+        nodes: (n, m) the ranks of each node, if keys come to a node once and are handed on there, see ``Relay``. What all
+            its ranks receive is then cut together, so that a key is in the same stage for each. None: keys go straight
+            from owner to receiver.
     """
 
     bands: Bands
@@ -65,6 +68,7 @@ class Exchange:
     keys: Ranges
     degree: int = 1
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    nodes: Ints | None = None
 
     @staticmethod
     def of(
@@ -76,11 +80,12 @@ class Exchange:
         *,
         num_nodes: int = 1,
         machine: Machine | None = None,
+        nodes: Ints | None = None,
     ) -> Exchange:
         """With the degree of ``overlap``; with ``AttnOverlapMode.DYNAMIC`` that which costs least on ``machine``."""
         if overlap.mode is not AttnOverlapMode.DYNAMIC:
-            return Exchange(bands, queries, keys, int(overlap.degree or 0), overlap)
-        one = Exchange(bands, queries, keys, 1, overlap)
+            return Exchange(bands, queries, keys, int(overlap.degree or 0), overlap, nodes)
+        one = Exchange(bands, queries, keys, 1, overlap, nodes)
         most = min(overlap.dynamic_max_degree or overlap.max_num_chunks, int(one._num_chunks.max(initial=0)))
         machine = (machine or Machine()).scaled(overlap.calc_cost_factor, overlap.comm_cost_factor)
         return replace(one, degree=choose_degree(one.loads(num_nodes), heads, most, machine))
@@ -173,10 +178,22 @@ class Exchange:
         return Loads(rows, ours, whole - ours, self.received, np.repeat(-(-once // size), size))
 
     @cached_property
+    def _parties(self) -> Ints:
+        """(p, m) ranks whose keys are cut together: each alone, or those of a node."""
+        return np.arange(self.num_ranks)[:, None] if self.nodes is None else self.nodes
+
+    @cached_property
+    def _party(self) -> Ints:
+        """(r,) which one each rank is in."""
+        found = np.zeros(self.num_ranks, dtype=np.int64)
+        found[self._parties] = np.arange(len(self._parties))[:, None]
+        return found
+
+    @cached_property
     def _num_chunks(self) -> Ints:
-        """(r,) chunks of what each rank receives."""
+        """(p,) chunks of what each party receives: as many as its rank that receives most would have alone."""
         found = np.clip(self.received // self.overlap.min_chunk_size, 1, self.overlap.max_num_chunks)
-        return np.where(self.received > 0, found, 0)
+        return np.where(self.received > 0, found, 0)[self._parties].max(axis=1)
 
     @cached_property
     def num_stages(self) -> int:
@@ -189,35 +206,35 @@ class Exchange:
 
     @cached_property
     def _stages(self) -> list[Ints]:
-        """Of each rank the stage of each chunk."""
+        """Of each party the stage of each chunk."""
         alg, num_stages = self.overlap.alg, self.num_stages
         if isinstance(alg, GreedyOverlapAlg) and num_stages > 1:
             return [_even(costs, num_stages) for costs in self._costs()]
         found = []
-        for rank, count in enumerate(self._num_chunks.tolist()):
+        for party, count in enumerate(self._num_chunks.tolist()):
             stage = np.arange(count) * num_stages // max(count, num_stages)
             if isinstance(alg, UniformOverlapAlg) and alg.random_costs:
-                stage = np.random.default_rng([alg.random_seed or 0, rank]).permutation(stage)
+                stage = np.random.default_rng([alg.random_seed or 0, party]).permutation(stage)
             found.append(stage)
         return found
 
     def _costs(self) -> list[Ints]:
-        """Of each rank the visible pairs of each chunk of what it receives."""
+        """Of each party the visible pairs of each chunk of what it receives."""
         found = []
-        for rank, count in enumerate(self._num_chunks.tolist()):
-            parts = self._incoming(rank).cut(
+        for ranks, count in zip(self._parties, self._num_chunks.tolist(), strict=True):
+            parts = self._incoming(ranks).cut(
                 np.full(self.num_ranks, count), [np.arange(count)] * self.num_ranks, self._unit
             )
-            pieces = self.pieces[0][self.pieces[1] == rank]
+            pieces = self.pieces[0][np.isin(self.pieces[1], ranks)]
             order = np.argsort(parts.begin, kind="stable")
             inside, _, of = split(pieces, np.stack([parts.begin, parts.end], axis=1)[order], K0)
             found.append(_sums(areas(inside), parts.stage[order][of], count))
         return found
 
-    def _incoming(self, rank: int) -> _Parts:
-        """Keys that ``rank`` receives, by sender."""
+    def _incoming(self, ranks: Ints) -> _Parts:
+        """Keys that any of ``ranks`` receives, once, by sender."""
         ranges, label = unstack(self.remote, self.stride)
-        ranges = ranges[label == rank]
+        ranges = merge(ranges[np.isin(label, ranks)])
         held, holder = _gathered(self.keys)
         which, of = overlapping_intervals(ranges[:, 0], ranges[:, 1], held)
         begin, end = np.maximum(ranges[which, 0], held[of, 0]), np.minimum(ranges[which, 1], held[of, 1])
@@ -242,13 +259,28 @@ class Exchange:
         """Of each stage the places of keys that ``rank`` sends to each rank; to some of them only, if these are given."""
         outgoing = self._outgoing(rank, receivers)
         if self.num_stages > 1:
-            outgoing = outgoing.cut(self._num_chunks, self._stages, self._unit)
+            whole = outgoing.joined(self._party, len(self._parties), self.stride)
+            whole = whole.cut(self._num_chunks, self._stages, self._unit)
+            outgoing = outgoing.cut_like(whole, self._party, self.stride)
         return [outgoing.blocks(number) for number in range(self.num_stages)]
 
+    def _received(self, rank: int) -> list[tuple[Intervals, ...]]:
+        """Of each stage the keys that come to ``rank`` from each rank."""
+        incoming, every = self._incoming(np.array([rank])), np.arange(self.num_ranks)
+        if self.num_stages > 1:
+            party = self._party[rank]
+            stages = np.full(len(every), self._num_chunks[party]), [self._stages[party]] * len(every)
+            whole = self._incoming(self._parties[party]).cut(*stages, self._unit)
+            incoming = incoming.cut_like(whole, every, self.stride)
+        return [incoming.blocks(number) for number in range(self.num_stages)]
+
     def _relays(
-        self, rank: int, nodes: Ints, sent: list[tuple[Intervals, ...]], received: list[tuple[Intervals, ...]]
-    ) -> list[Relay]:
-        """Of each stage, from what ``rank`` sends and receives in one hop, the two hops."""
+        self, rank: int, sent: list[tuple[Intervals, ...]], received: list[tuple[Intervals, ...]]
+    ) -> Sequence[Relay | None]:
+        """Of each stage, from what ``rank`` sends and receives in one hop, the two hops if there are nodes."""
+        nodes = self.nodes
+        if nodes is None:
+            return [None] * self.num_stages
         mates = node_of(nodes, rank)
         column = [
             sent if owner == rank else self._sent(owner, mates) for owner in column_of(nodes, rank).tolist()
@@ -258,31 +290,22 @@ class Exchange:
             for *stage, blocks in zip(*column, received, strict=True)
         ]
 
-    def share(self, rank: int, nodes: Ints | None = None) -> Share:
-        """What one rank has to do.
-
-        Args:
-            nodes: (n, m) the ranks of each node, if keys come to a node once; else they go from owner to receiver.
-        """
+    def share(self, rank: int) -> Share:
+        """What one rank has to do."""
         queries = np.asarray(self.queries[rank], dtype=np.int64).reshape(-1, 2)
         keys = np.asarray(self.keys[rank], dtype=np.int64).reshape(-1, 2)
-        incoming, sent = self._incoming(rank), self._sent(rank)
-        if self.num_stages > 1:
-            mine = np.repeat(self._num_chunks[rank], self.num_ranks), [self._stages[rank]] * self.num_ranks
-            incoming = incoming.cut(*mine, self._unit)
+        sent, received = self._sent(rank), self._received(rank)
         num_rows, all_keys = total_size(queries), np.array([[0, self.stride]])
         by_rows = localise(self.bands, queries, all_keys)
         rows = np.array([[0, num_rows]])
-        blocks = [incoming.blocks(number) for number in range(self.num_stages)]
-        relays = [None] * len(blocks) if nodes is None else self._relays(rank, nodes, sent, blocks)
         stages = []
-        for received, given, relay in zip(blocks, sent, relays, strict=True):
-            table = fused(localise(by_rows, rows, np.concatenate(received)))
-            stages.append(Stage(received, given, table, relay))
+        for blocks, given, relay in zip(received, sent, self._relays(rank, sent, received), strict=True):
+            table = fused(localise(by_rows, rows, np.concatenate(blocks)))
+            stages.append(Stage(blocks, given, table, relay))
         own = fused(localise(by_rows, rows, keys))
         joined = None
         if self.degree == 0:
-            ranges, places = _in_order([keys, *map(np.concatenate, blocks)])
+            ranges, places = _in_order([keys, *map(np.concatenate, received)])
             joined = Joined(fused(localise(by_rows, rows, ranges)), places)
         return Share(rank, num_rows, total_size(keys), own, tuple(stages), joined)
 
@@ -400,6 +423,22 @@ class _Parts:
         begin = self.begin[which] + skipped
         place = self.place[which] + skipped
         return _Parts(self.peer[which], begin, begin + length, place, self.num_peers, stage[chunk])
+
+    def joined(self, label: Ints, num_labels: int, stride: int) -> _Parts:
+        """What goes to any peer of a label, once, with labels for peers."""
+        ranges = stack(np.stack([self.begin, self.end], axis=1), label[self.peer], stride)
+        ranges, of = unstack(merge(ranges), stride)
+        return _Parts(of, ranges[:, 0], ranges[:, 1], ranges[:, 0], num_labels)
+
+    def cut_like(self, whole: _Parts, label: Ints, stride: int) -> _Parts:
+        """Cut where ``whole`` is, whose peers are labels of these, in the stages that it has there."""
+        cuts = stack(np.stack([whole.begin, whole.end], axis=1), whole.peer, stride)
+        by = label[self.peer] * stride
+        which, of = overlapping_intervals(self.begin + by, self.end + by, cuts)
+        begin = np.maximum(self.begin[which], whole.begin[of])
+        end = np.minimum(self.end[which], whole.end[of])
+        place = self.place[which] + begin - self.begin[which]
+        return _Parts(self.peer[which], begin, end, place, self.num_peers, whole.stage[of])
 
     def blocks(self, stage: int) -> tuple[Intervals, ...]:
         """Of each peer the ranges of places in a stage."""

@@ -96,13 +96,13 @@ class DistAttnRuntimeMgr:
         """What each rank computes and receives."""
         overlap = self.key.dist_attn_config.overlap_config
         ranges = self.q_shards.ranges, self.k_shards.ranges
-        return Exchange.of(self._bands, *ranges, overlap, self.heads, num_nodes=self.key.num_nodes)
+        nodes = None if self.key.hops is None else np.array(self.key.nodes)
+        return Exchange.of(
+            self._bands, *ranges, overlap, self.heads, num_nodes=self.key.num_nodes, nodes=nodes
+        )
 
     def _planned(self) -> Share | None:
-        if self.splits_heads:
-            return None
-        nodes = None if self.key.hops is None else np.array(self.key.nodes)
-        return self.exchange.share(self.q_shards.rank, nodes)
+        return None if self.splits_heads else self.exchange.share(self.q_shards.rank)
 
     @cached_property
     def splits_heads(self) -> bool:
