@@ -18,12 +18,12 @@ def dsink_all_reduce_op() -> str:
 
 
 def is_hierarchical_comm_enable() -> bool:
-    """False: the ranks of a mesh of two axes are one group."""
+    """False: no variable decides it. On a mesh of two axes, nodes and ranks of each, keys come to a node once."""
     return False
 
 
 def is_qo_comm_enable() -> bool:
-    """False: keys and values travel, queries and outputs do not."""
+    """False: no variable decides it. Queries and outputs travel where ``DistAttnConfig.strategy`` comes to heads."""
     return False
 
 

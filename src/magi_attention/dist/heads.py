@@ -23,11 +23,12 @@ from magi_attention.mask import Mask
 
 @dataclass(frozen=True, eq=False)
 class HeadWork:
-    """The mask of all tokens, padding included, and where they lie."""
+    """The mask of all tokens, padding included, where they lie, and multiprocessors that attention leaves to others."""
 
     mask: Mask
     q_shards: Shards
     k_shards: Shards
+    sm_margin: int = 0
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -85,7 +86,8 @@ def attend_by_heads(
     keys, values = packed.split([k.shape[-1], v.shape[-1]], dim=-1)
     out, meta = attention(
         queries, keys, values, work.mask, sink=own, softmax_scale=softmax_scale, softcap=softcap,
-        return_max_logits=return_max_logits,
+        return_max_logits=return_max_logits, sm_margin=work.sm_margin,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     assert meta.lse is not None
     out, lse = _ToRows.apply(out, meta.lse[..., None], work)
