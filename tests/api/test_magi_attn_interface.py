@@ -15,9 +15,17 @@ import torch.distributed as dist
 import magi_attention
 from magi_attention import api, comm
 from magi_attention.api import magi_attn_interface as doors
+from magi_attention.attention import attention
 from magi_attention.common import AttnMaskType, AttnRange, AttnRanges
-from magi_attention.config import DispatchConfig, DistAttnConfig, MinHeapDispatchAlg, OverlapConfig
+from magi_attention.config import (
+    DispatchConfig,
+    DistAttnConfig,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+    SequentialDispatchAlg,
+)
 from magi_attention.dist.key import automatic_chunk_size, padding
+from magi_attention.mask import Mask
 from magi_attention.utils import clearup_dist_env, setup_dist_env
 
 LENGTH = 40
@@ -153,6 +161,37 @@ def test_managers_under_names_of_their_own(group):
     assert manager.key == key and manager is api.dist_attn_runtime_dict_mgr[key]
 
 
+def test_masks_that_are_balanced_together_are_part_of_a_key(group):
+    key = key_of(group, pad_size=8, balance_with=[Mask.full(40)])
+    assert key == key_of(group, pad_size=8, balance_with=(Mask([[0, 40, 0, 40, -99, 99]], 48, 48),))
+    assert key not in (key_of(group, pad_size=8), key_of(group, pad_size=8, balance_with=[Mask.causal(40)]))
+    cuts = torch.tensor([0, 16, 40])
+    local, again = api.magi_attn_varlen_dispatch(
+        torch.arange(40), cuts, cuts, cp_group_or_mesh=group, balance_with=[Mask.full(40)]
+    )
+    assert torch.equal(local, torch.arange(40)) and again.balance_with == (Mask.full(40),)
+
+
+def test_settings_reach_attention_by_heads(group, monkeypatch):
+    given = []
+
+    def watched(*args, **settings):
+        given.append((settings["sm_margin"], settings["deterministic"]))
+        return attention(*args, **settings)
+
+    monkeypatch.setattr("magi_attention.dist.heads.attention", watched)
+    config = DistAttnConfig(overlap_config=OverlapConfig(sm_margin=3), strategy="heads")
+    key = key_of(group, dist_attn_config=config, num_heads_q=2, num_heads_kv=2, head_dim=8)
+    x = torch.randn(LENGTH, 2, 8)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            api.calc_attn(x, x, x, key)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert given == [(3, False), (3, True)]
+
+
 def test_a_compiled_model(group):
     key = key_of(group, attn_mask_type="full")
     layer = torch.nn.Linear(16, 16)
@@ -207,9 +246,33 @@ BAD_KEYS = [
 ]
 
 
+HEEDLESS = DistAttnConfig(DispatchConfig(alg=SequentialDispatchAlg()))
+BAD_KEYS += [
+    ({"balance_with": Mask.full(40)}, "balance_with: expected list or tuple, got Mask. Give a sequence"),
+    ({"balance_with": [Mask.full(40), "causal"]}, r"balance_with\[1\]: expected Mask, got str"),
+    (
+        {"balance_with": [Mask.full(41)], "pad_size": 8},
+        r"balance_with\[0\]: expected 40 rows and columns, or 48 with padding, got 41 x 41",
+    ),
+    ({"balance_with": [Mask.full(40, 39)]}, "expected 40 rows and columns, or 40 .* got 40 x 39"),
+    (
+        {"balance_with": [Mask.full(40)], "is_same_source": False},
+        "balance_with: expected masks of self-attention, got is_same_source=False",
+    ),
+    (
+        {"balance_with": [Mask.full(40)], "is_q_permutable": False, "is_k_permutable": False},
+        "balance_with: expected a placement that depends on masks, got is_q_permutable=False",
+    ),
+    (
+        {"balance_with": [Mask.full(40)], "dist_attn_config": HEEDLESS},
+        "expected a placement that depends on masks, got SequentialDispatchAlg",
+    ),
+]
+
+
 @pytest.mark.parametrize(("arguments", "message"), BAD_KEYS, ids=[str(n) for n in range(len(BAD_KEYS))])
 def test_keys_that_are_refused(group, arguments, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
         key_of(
             **{"group": group, **arguments}
         ) if "cp_group_or_mesh" not in arguments else api.magi_attn_flex_key(
@@ -356,6 +419,7 @@ def test_documented_orders_of_arguments():
         "get_position_ids": "key",
         "get_most_recent_key": "cp_group",
         "clear_cache": "cp_group",
+        "explain_key": "key",
     }
     assert set(documented) == set(doors.__all__)
     for name, order in documented.items():

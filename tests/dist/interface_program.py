@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -16,9 +17,12 @@ from magi_attention.api import (
     BalancedDispatchAlg,
     DispatchConfig,
     DistAttnConfig,
+    MinHeapDispatchAlg,
     OverlapConfig,
     calc_attn,
     dispatch,
+    dist_attn_runtime_dict_mgr,
+    explain_key,
     get_most_recent_key,
     get_position_ids,
     infer_varlen_mask_from_batch,
@@ -40,6 +44,7 @@ from magi_attention.utils import clearup_dist_env, setup_dist_env
 
 LENGTH = 67
 BALANCED = DistAttnConfig(DispatchConfig(alg=BalancedDispatchAlg()))
+BY_AREA = DistAttnConfig(DispatchConfig(alg=MinHeapDispatchAlg()))
 UNEVEN = DistAttnConfig(DispatchConfig(uneven_shard=True, chunk_size=5))
 
 
@@ -170,6 +175,61 @@ def check_several_masks(group):
     attend(again, Mask.from_ranges([(9, 50)], [(0, 20)], "causal", LENGTH, 41), k_length=41)
 
 
+def check_joint_balance(group):
+    """Masks that are uneven in opposite ways: even together only if both were known."""
+    half, ranks = LENGTH // 2, group.size()
+    front = Mask.from_ranges([(0, half)], [(0, half)], "causal", LENGTH, LENGTH)
+    back = Mask.from_ranges([(half, LENGTH)], [(half, LENGTH)], "causal", LENGTH, LENGTH)
+
+    def uneven(key):
+        """The largest area of both masks on a rank over the mean."""
+        ids = get_position_ids(key)[dispatch(torch.ones(LENGTH), key) > 0]
+        sums = torch.zeros(ranks)
+        sums[group.rank()] = float(sum(mask.to_dense()[ids].sum() for mask in (front, back)))
+        dist.all_reduce(sums, group=group)
+        return (sums.max() / sums.mean()).item()
+
+    for config in (BY_AREA, None):
+        settings = {"cp_group_or_mesh": group, "chunk_size": 2, "dist_attn_config": config}
+        alone = magi_attn_flex_key(*front.to_slices(), LENGTH, LENGTH, **settings)
+        key = magi_attn_flex_key(*front.to_slices(), LENGTH, LENGTH, **settings, balance_with=[back])
+        assert key != alone and key.balance_with[0].num_rows == key.total_seqlen_q
+        other = make_flex_key_for_new_mask_after_dispatch(*back.to_slices(), key)
+        assert other.placed_like == key and other.balance_with == ()
+        if config is BY_AREA:  # the other counts tiles, of which each chunk has one
+            assert uneven(key) < 1.05
+            assert ranks == 1 or uneven(alone) > 1.15 * uneven(key)
+        assert re.search(r"with the masks that it is balanced with: 1\.[01]", explain_key(key))
+        attend(key, front)
+        attend(other, back)
+
+
+def check_explanations(group):
+    """What travels and why; whose rows are whose."""
+    heads = {"num_heads_q": 12, "num_heads_kv": 12, "head_dim": 64}
+    key = causal_key(group, dist_attn_config=DistAttnConfig(strategy="heads"), **heads)
+    ranks = group.size()
+    text = explain_key(key)
+    assert "in use: heads travel; strategy='heads' was asked for" in text
+    assert (
+        f"rows received by a rank, with 1 / {ranks} of the heads: most {key.total_seqlen_q * (ranks - 1) // ranks}"
+        in text
+    )
+    key = causal_key(group)
+    reason = "the key does not know num_heads_q" if ranks > 1 else "there is one rank"
+    assert f"in use: keys and values travel; {reason}" in explain_key(key)
+    manager = dist_attn_runtime_dict_mgr[key]
+    real = dispatch(torch.ones(LENGTH), key) > 0
+    assert (manager.owners[get_position_ids(key)[real]] == dist.get_rank(group)).all()
+    lines = manager.show(width=LENGTH).split("\n")
+    assert lines == [
+        "ABCDEFGH"[owner] * (n + 1) + "." * (LENGTH - n - 1) for n, owner in enumerate(manager.owners)
+    ]
+    pytest.importorskip("matplotlib")
+    image = manager.figure().axes[0].images[0].get_array()
+    assert len({tuple(row[0]) for row in image.tolist()}) == ranks
+
+
 def check_documented_calls(group):
     """Examples of the documentation, on few tokens; a batch."""
     config = DistAttnConfig(overlap_config=OverlapConfig(enable=True, degree=2))
@@ -288,6 +348,8 @@ def check_disagreement(group):
         refused(lambda: causal_key(group, chunk_size=5 + last), "chunk_size of the key: expected the same")
         config = DistAttnConfig(overlap_config=OverlapConfig(degree=2 if last else 1))
         refused(lambda: causal_key(group, dist_attn_config=config), "dist_attn_config of the key")
+        masks = [Mask.full(LENGTH) if last else Mask.causal(LENGTH)]
+        refused(lambda: causal_key(group, balance_with=masks), "balance_with of the key: expected the same")
         refused(lambda: causal_key(group, length=60 + last), "total_seqlen|pad_size|chunk_size")
         beyond = [(0, 99)] if last else [(0, 9)]
         text = (
@@ -306,6 +368,8 @@ def main() -> None:
         check_movement(group, config)
         check_roll(group, config)
     check_several_masks(group)
+    check_joint_balance(group)
+    check_explanations(group)
     check_documented_calls(group)
     check_layers(group)
     if group.size() == 2:

@@ -96,7 +96,7 @@ def test_a_plan_in_words():
     parts = place(BalancedDispatchAlg(), chunks, 4, 2)
     ranges = [chunks.rows[part] for part in parts]
     exchange = Exchange(mask.bands, ranges, ranges, 3)
-    text = explain_plan(exchange, HEADS, chunks=chunks, parts=parts, num_nodes=2)
+    text = explain_plan(exchange, HEADS, num_nodes=2)
     work = [chunks.work[part].sum() for part in parts]
     assert text.startswith("4 ranks on 2 node(s), 16384 rows")
     assert f"largest over mean {max(work) / np.mean(work):.3f}" in text

@@ -69,3 +69,11 @@ def test_figure_of_a_large_or_an_empty_mask():
     large = Mask.causal(1_000_000).figure(owners=np.arange(1_000_000) // 250_000, resolution=64)
     assert large.axes[0].images[0].get_array().shape == (64, 64, 3)
     Mask.full(0).figure()
+
+
+def test_picture_names_the_owners_of_rows():
+    assert Mask.causal(4).show(owners=[0, 2, 0, 27]) == "A...\nCC..\nAAA.\nBBBB"
+    lines = Mask.causal(100_000).show(width=8, owners=np.arange(100_000) // 50_000).split("\n")
+    assert lines[:-1] == ["aa......", "AAaa....", "BBBBbb..", "BBBBBBbb"]
+    with pytest.raises(ValueError, match=r"owners shape: expected \(4,\), one per row, got \(3,\)"):
+        Mask.full(4).show(owners=[0, 1, 2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,12 +15,18 @@ from numpy.typing import NDArray
 from magi_attention import env
 from magi_attention.api.functools import infer_attn_mask_from_cu_seqlens
 from magi_attention.common import AttnMaskType
-from magi_attention.config import DistAttnConfig
+from magi_attention.config import (
+    DistAttnConfig,
+    RandomSelectDispatchAlg,
+    SequentialDispatchAlg,
+    ZigzagDispatchAlg,
+)
 from magi_attention.dist.agreement import agreed
 from magi_attention.dist.group import group_of
 from magi_attention.dist.key import DistAttnRuntimeKey, automatic_chunk_size, padding
 from magi_attention.dist.manager import DistAttnRuntimeMgr, dist_attn_runtime_dict_mgr, manager_of
 from magi_attention.errors import check_count, check_tensor, check_type, complaint
+from magi_attention.mask import Mask
 from magi_attention.mask.slices import slice_table
 
 P = ParamSpec("P")
@@ -107,6 +113,7 @@ def key_of(
     config: DistAttnConfig | None,
     sources: Sources,
     heads: Heads,
+    balance_with: Sequence[Mask],
 ) -> DistAttnRuntimeKey:
     """A planned key with a placement of its own."""
     group, mesh = group_of(cp_group_or_mesh)
@@ -136,6 +143,7 @@ def key_of(
             group,
             chosen,
             cp_mesh=mesh,
+            balance_with=_padded(balance_with, slices.total_seqlen_q, pad, chosen, sources),
             **vars(heads),
             **vars(sources),
         )
@@ -166,7 +174,9 @@ def key_like(
             chosen = replace(config, dispatch_config=chosen.dispatch_config)
         merged = heads.or_those_of(key)
         merged.check()
-        others: dict[str, Any] = {"placed_like": key.placed_like or key, "k_placed_like": key.k_placed_like}
+        others: dict[str, Any] = {
+            "balance_with": (), "placed_like": key.placed_like or key, "k_placed_like": key.k_placed_like
+        }  # fmt: skip
         if k_key is not None:
             if k_key.cp_group is not key.cp_group:
                 expected = f"a key of the group of key_for_dispatch, ranks {key.cp_ranks}"
@@ -179,6 +189,35 @@ def key_like(
         return new, manager_of(new, q_shards, k_shards)
 
     return _planned(make, key.cp_group)
+
+
+_HEEDLESS = (SequentialDispatchAlg, ZigzagDispatchAlg, RandomSelectDispatchAlg)
+"""Algorithms that place without regard to the mask."""
+
+
+def _padded(
+    masks: Sequence[Mask], length: int, pad: int, config: DistAttnConfig, sources: Sources
+) -> tuple[Mask, ...]:
+    """Masks over ``length`` tokens, or ``pad`` more, as masks over all of them, once it is known that they matter."""
+    check_type("balance_with", masks, (list, tuple), "Give a sequence of magi_attention.Mask.")
+    if not masks:
+        return ()
+    if not sources.is_same_source:
+        remedy = "Queries and keys of two sequences are dealt for one mask."
+        got = "is_same_source=False"
+        raise NotImplementedError(complaint("balance_with", "masks of self-attention", got, remedy))
+    alg = config.dispatch_config.alg
+    if not sources.is_q_permutable or isinstance(alg, _HEEDLESS):
+        got = type(alg).__name__ if sources.is_q_permutable else "is_q_permutable=False"
+        remedy = "Use MinHeapDispatchAlg() or BalancedDispatchAlg()."
+        raise ValueError(complaint("balance_with", "a placement that depends on masks", got, remedy))
+    for number, mask in enumerate(masks):
+        check_type(f"balance_with[{number}]", mask, Mask)
+        size = mask.num_rows, mask.num_cols
+        if size not in ((length, length), (length + pad, length + pad)):
+            expected = f"{length} rows and columns, or {length + pad} with padding"
+            raise ValueError(complaint(f"balance_with[{number}]", expected, f"{size[0]} x {size[1]}"))
+    return tuple(Mask(mask.bands, length + pad, length + pad) for mask in masks)
 
 
 def _planned(make: Callable[[], Planned], group: dist.ProcessGroup) -> DistAttnRuntimeKey:

@@ -10,7 +10,7 @@ Every rank of the group calls the same functions with the same keys in the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,11 +38,13 @@ from magi_attention.dist.manager import DistAttnRuntimeMgr, dist_attn_runtime_di
 from magi_attention.dist.reduce import with_reduced_gradient
 from magi_attention.dist.shard import Shards
 from magi_attention.errors import check_number, check_tensor, check_type, complaint
+from magi_attention.mask import Mask
 
 __all__ = [
     "calc_attn",
     "clear_cache",
     "dispatch",
+    "explain_key",
     "get_most_recent_key",
     "get_position_ids",
     "magi_attn_flex_dispatch",
@@ -85,6 +87,10 @@ _SOURCES = """
         queries see them."""
 _HEADS = """
     num_heads_q, num_heads_kv, head_dim: what ``calc_attn`` will get, and refuse otherwise; None is anything."""
+_JOINT = """
+    balance_with: masks of other layers over the same tokens, with or without padding: work and keys to receive are
+        balanced over the sum of all; one that serves several layers may be listed as often. Make their keys by
+        make_flex_key_for_new_mask_after_dispatch or make_varlen_key_for_new_mask_after_dispatch."""
 _KEY_TEXT = """{summary}
 
 No rank asks another: the plan is a function of the arguments, which must be equal on every rank of the group. With
@@ -115,7 +121,7 @@ def _documented(summary: str, returns: str, *arguments: str) -> Callable[[_Door]
     return document
 
 
-@_documented("A key for a mask given as slices.", _KEY, _RANGES, _TOTALS, _PLACE, _SOURCES, _HEADS)
+@_documented("A key for a mask given as slices.", _KEY, _RANGES, _TOTALS, _PLACE, _SOURCES, _HEADS, _JOINT)
 def magi_attn_flex_key(
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,
@@ -133,6 +139,7 @@ def magi_attn_flex_key(
     num_heads_q: int | None = None,
     num_heads_kv: int | None = None,
     head_dim: int | None = None,
+    balance_with: Sequence[Mask] = (),
 ) -> DistAttnRuntimeKey:
     return key_of(
         lambda: Slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k),
@@ -142,10 +149,11 @@ def magi_attn_flex_key(
         dist_attn_config,
         Sources(is_same_source, is_q_permutable, is_k_permutable),
         Heads(num_heads_q, num_heads_kv, head_dim),
+        balance_with,
     )
 
 
-@_documented("A key for packed sequences.", _KEY, _CUTS, _PLACE, _WINDOW, _HEADS)
+@_documented("A key for packed sequences.", _KEY, _CUTS, _PLACE, _WINDOW, _HEADS, _JOINT)
 @accept_singular
 def magi_attn_varlen_key(
     cu_seqlens_q: torch.Tensor | None = None,
@@ -160,6 +168,7 @@ def magi_attn_varlen_key(
     num_heads_q: int | None = None,
     num_heads_kv: int | None = None,
     head_dim: int | None = None,
+    balance_with: Sequence[Mask] = (),
 ) -> DistAttnRuntimeKey:
     return key_of(
         lambda: packed_slices(cu_seqlens_q, cu_seqlens_k, causal, window_size),
@@ -169,11 +178,20 @@ def magi_attn_varlen_key(
         dist_attn_config,
         Sources(),
         Heads(num_heads_q, num_heads_kv, head_dim),
+        balance_with,
     )
 
 
 @_documented(
-    "``magi_attn_flex_key``, and ``dispatch`` of x.", _BOTH, _X, _RANGES, _TOTALS, _PLACE, _SOURCES, _HEADS
+    "``magi_attn_flex_key``, and ``dispatch`` of x.",
+    _BOTH,
+    _X,
+    _RANGES,
+    _TOTALS,
+    _PLACE,
+    _SOURCES,
+    _HEADS,
+    _JOINT,
 )
 def magi_attn_flex_dispatch(
     x: torch.Tensor,
@@ -193,6 +211,7 @@ def magi_attn_flex_dispatch(
     num_heads_q: int | None = None,
     num_heads_kv: int | None = None,
     head_dim: int | None = None,
+    balance_with: Sequence[Mask] = (),
 ) -> tuple[torch.Tensor, DistAttnRuntimeKey]:
     key = key_of(
         lambda: Slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k),
@@ -202,11 +221,14 @@ def magi_attn_flex_dispatch(
         dist_attn_config,
         Sources(is_same_source, is_q_permutable, is_k_permutable),
         Heads(num_heads_q, num_heads_kv, head_dim),
+        balance_with,
     )
     return dispatch(x, key), key
 
 
-@_documented("``magi_attn_varlen_key``, and ``dispatch`` of x.", _BOTH, _X, _CUTS, _PLACE, _WINDOW, _HEADS)
+@_documented(
+    "``magi_attn_varlen_key``, and ``dispatch`` of x.", _BOTH, _X, _CUTS, _PLACE, _WINDOW, _HEADS, _JOINT
+)
 @accept_singular
 def magi_attn_varlen_dispatch(
     x: torch.Tensor,
@@ -222,6 +244,7 @@ def magi_attn_varlen_dispatch(
     num_heads_q: int | None = None,
     num_heads_kv: int | None = None,
     head_dim: int | None = None,
+    balance_with: Sequence[Mask] = (),
 ) -> tuple[torch.Tensor, DistAttnRuntimeKey]:
     key = key_of(
         lambda: packed_slices(cu_seqlens_q, cu_seqlens_k, causal, window_size),
@@ -231,6 +254,7 @@ def magi_attn_varlen_dispatch(
         dist_attn_config,
         Sources(),
         Heads(num_heads_q, num_heads_kv, head_dim),
+        balance_with,
     )
     return dispatch(x, key), key
 
@@ -438,6 +462,15 @@ def get_most_recent_key(cp_group: GroupOrMesh = None) -> DistAttnRuntimeKey:
 def clear_cache(cp_group: GroupOrMesh = None) -> None:
     """Forget the plans of ``cp_group``, or all when None. Their keys must be made again."""
     dist_attn_runtime_dict_mgr.clear(_group(cp_group))
+
+
+def explain_key(key: DistAttnRuntimeKey) -> str:
+    """How even the work of ``key`` is, what travels and why, how much of it, in how many stages, and estimated times.
+
+    Raises:
+        ValueError: a key whose plan is not remembered. TypeError: no key.
+    """
+    return _manager(key).explain()
 
 
 def roll(

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from magi_attention.common import AttnMaskType, AttnRanges
 from magi_attention.config import DistAttnConfig
 from magi_attention.dist.group import ranks_of
+from magi_attention.mask import Mask
 
 MIN_CHUNKS = 8
 """Chunks of a rank, at least, where the size of a chunk is left to the library and there are enough tokens."""
@@ -39,6 +40,7 @@ class DistAttnRuntimeKey:
         dist_attn_config: placement and overlap.
         num_heads_q, num_heads_kv, head_dim: what ``calc_attn`` expects, None where it was not said.
         is_same_source, is_q_permutable, is_k_permutable: as in ``magi_attn_flex_key``.
+        balance_with: other masks, padding included, whose work was dealt together with this one's.
         placed_like, k_placed_like: keys whose placement of queries, and of keys, this one shares; None for its own.
     """
 
@@ -56,6 +58,7 @@ class DistAttnRuntimeKey:
     is_same_source: bool = True
     is_q_permutable: bool = True
     is_k_permutable: bool = True
+    balance_with: tuple[Mask, ...] = ()
     placed_like: DistAttnRuntimeKey | None = None
     k_placed_like: DistAttnRuntimeKey | None = None
     cp_mesh: DeviceMesh | None = None
@@ -128,8 +131,9 @@ class DistAttnRuntimeKey:
             "dist_attn_config": repr(self.dist_attn_config),
             "chunk_size": self.chunk_size,
         }
-        left = ("slices", "cp_group", "cp_mesh", "placed_like", "k_placed_like", *first)
+        left = ("slices", "cp_group", "cp_mesh", "balance_with", "placed_like", "k_placed_like", *first)
         others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left}
+        others["balance_with"] = [mask.fingerprint() for mask in self.balance_with]
         likes = {
             name: None if like is None else sorted(like.described().items())
             for name, like in (("placed_like", self.placed_like), ("k_placed_like", self.k_placed_like))

@@ -7,19 +7,20 @@ import threading
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from magi_attention import env
 from magi_attention.common.intervals import Intervals
 from magi_attention.config import BalancedDispatchAlg, SequentialDispatchAlg
-from magi_attention.dist.chunks import cut, cuts_of
+from magi_attention.dist.chunks import cut, cuts_of, joint
 from magi_attention.dist.cost import TYPICAL, Heads, strategy
 from magi_attention.dist.exchange import Exchange, Share
-from magi_attention.dist.explain import explain_plan
+from magi_attention.dist.explain import Choice, explain_plan, tile_work
 from magi_attention.dist.group import ranks_of
 from magi_attention.dist.heads import HeadWork, attend_by_heads, can_split
 from magi_attention.dist.key import DistAttnRuntimeKey
@@ -31,6 +32,9 @@ from magi_attention.errors import complaint
 from magi_attention.mask import Mask
 from magi_attention.mask.bands import Bands
 from magi_attention.mask.slices import bands_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class DistAttnRuntimeMgr:
@@ -58,7 +62,8 @@ class DistAttnRuntimeMgr:
         key, length = self.key, self.key.total_seqlen_q
         if key.cp_size == 1:
             return self._shards([np.array([[0, length]])], length - key.pad_size)
-        chunks = cut(self._bands, length, key.total_seqlen_k, key.chunk_size)
+        masks = self._bands, *(mask.bands for mask in key.balance_with)
+        chunks = joint([cut(bands, length, key.total_seqlen_k, key.chunk_size) for bands in masks])
         config = key.dist_attn_config.dispatch_config
         if config.uneven_shard and length < key.cp_size:  # the last ranks have nothing
             return self._shards([chunks.rows[n : n + 1] for n in range(key.cp_size)], length - key.pad_size)
@@ -104,9 +109,14 @@ class DistAttnRuntimeMgr:
     def _planned(self) -> Share | None:
         return None if self.splits_heads else self.exchange.share(self.q_shards.rank)
 
-    @cached_property
+    @property
     def splits_heads(self) -> bool:
-        """Whether heads travel instead of keys.
+        """Whether heads travel instead of keys."""
+        return self.choice.by_heads
+
+    @cached_property
+    def choice(self) -> Choice:
+        """Whether heads travel instead of keys, and why.
 
         Raises:
             ValueError: they are meant to, and the ranks do not divide them.
@@ -118,11 +128,16 @@ class DistAttnRuntimeMgr:
             expected = f"num_heads_q, num_heads_kv and head_dim of the key, multiples of {key.cp_size} ranks"
             got = (key.num_heads_q, key.num_heads_kv, key.head_dim)
             raise ValueError(complaint("strategy 'heads'", expected, got, "Use strategy='keys'."))
-        if asked != "auto" or not possible or key.cp_size == 1:
-            return asked == "heads"
+        if asked != "auto":
+            return Choice(asked == "heads", f"strategy='{asked}' was asked for")
+        if key.cp_size == 1:
+            return Choice(False, "there is one rank")
+        if not possible:
+            missing = "the key does not know num_heads_q, num_heads_kv and head_dim"
+            return Choice(False, f"the {key.cp_size} ranks do not divide the heads" if known else missing)
         loads = self.exchange.loads(key.num_nodes)
         what, _ = strategy(loads, self.heads, degree=self.exchange.degree, num_nodes=key.num_nodes)
-        return what == "heads"
+        return Choice(what == "heads", "that is estimated to be faster")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -143,7 +158,7 @@ class DistAttnRuntimeMgr:
         key, overlap = self.key, self.key.dist_attn_config.overlap_config
         if self.splits_heads:
             mask = Mask(self._bands, key.total_seqlen_q, key.total_seqlen_k)
-            return HeadWork(mask, self.q_shards, self.k_shards)
+            return HeadWork(mask, self.q_shards, self.k_shards, overlap.sm_margin)
         assert self.share is not None
         return Work.of(
             self.share,
@@ -155,8 +170,36 @@ class DistAttnRuntimeMgr:
         )
 
     def explain(self) -> str:
-        """Balance, keys and bytes to receive, stages and estimated times, as text."""
-        return explain_plan(self.exchange, self.heads, num_nodes=self.key.num_nodes)
+        """Balance, what travels and why, keys and bytes to receive, stages and estimated times, as text."""
+        together, ranges = None, (self.q_shards.ranges, self.k_shards.ranges)
+        if self.key.balance_with:
+            others = [tile_work(Exchange(mask.bands, *ranges)) for mask in self.key.balance_with]
+            together = tile_work(self.exchange) + sum(others)
+        return explain_plan(
+            self.exchange, self.heads, num_nodes=self.key.num_nodes, choice=self.choice, together=together
+        )
+
+    @property
+    def mask(self) -> Mask:
+        """The mask without padding."""
+        return Mask(self._bands, self.q_shards.length, self.k_shards.length)
+
+    @cached_property
+    def owners(self) -> NDArray[np.int64]:
+        """(rows,) the rank that holds each row of the mask, by its place in ``key.cp_ranks``."""
+        found = np.empty(self.key.total_seqlen_q, dtype=np.int64)
+        found[torch.cat(self.q_shards.positions).numpy()] = np.repeat(
+            np.arange(self.key.cp_size), self.q_shards.sizes
+        )
+        return found[: self.q_shards.length]
+
+    def show(self, width: int = 64) -> str:
+        """``Mask.show`` with the rank of each row."""
+        return self.mask.show(width, self.owners)
+
+    def figure(self, resolution: int = 256) -> Figure:
+        """``Mask.figure`` coloured by the rank of each row."""
+        return self.mask.figure(self.owners, resolution)
 
 
 class DistAttnRuntimeDictManager:

@@ -158,7 +158,7 @@ class Mask(MaskBuilders):
         """
         return slices.to_slices(self.bands)
 
-    def show(self, width: int = 64) -> str:
+    def show(self, width: int = 64, owners: Sequence[int] | NDArray[Any] | None = None) -> str:
         """A text picture, at most ``width`` characters wide.
 
         One character per pair when the mask fits, else per cell of pairs: ``.`` nothing visible, ``x`` all
@@ -168,8 +168,15 @@ class Mask(MaskBuilders):
             x..
             xx.
             xxx
+
+        Args:
+            owners: (num_rows,) numbers from 0, such as the rank of each row: what is visible is a letter then, A to Z for
+                0 to 25 and again from A, small where only some of a cell is visible. A cell has its first row's.
+
+        Raises:
+            ValueError: ``width`` below 1, ``owners`` of another length.
         """
-        return show.picture(self.bands, self.num_rows, self.num_cols, width)
+        return show.picture(self.bands, self.num_rows, self.num_cols, width, owners)
 
     def figure(self, owners: Sequence[int] | NDArray[Any] | None = None, resolution: int = 256) -> Figure:
         """A matplotlib figure; needs no display.
