@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+HERE = Path(__file__).parent
 
 
 def run(program: str, ranks: int, *arguments: str, **variables: str) -> list[str]:
@@ -28,19 +32,17 @@ def outcomes(program: str, ranks: int, *arguments: str, **variables: str) -> lis
         "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **places, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        texts = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, HERE / "forked.py", folder, str(ranks), HERE / program, *arguments]
+        parent = subprocess.Popen(command, env={**os.environ, **places, **variables}, start_new_session=True)
+        try:
+            assert parent.wait(timeout=120) == 0
+        finally:
+            if parent.poll() is None:
+                os.killpg(parent.pid, signal.SIGKILL)
+                parent.wait()
+        files = [Path(folder) / str(rank) for rank in range(ranks)]
+        return [
+            (int(file.with_suffix(".code").read_text()), file.with_suffix(".txt").read_text())
+            for file in files
+        ]

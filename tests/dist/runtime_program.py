@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from shard_checks import check_shards
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.attention import attention
@@ -100,6 +101,7 @@ def main() -> None:
             if number % 2:
                 dist.all_reduce(own[3].grad)
                 torch.testing.assert_close(own[3].grad, whole[3].grad, rtol=1e-8, atol=1e-8)
+    check_shards()
     dist.destroy_process_group()
     print("done", file=sys.stderr)
 

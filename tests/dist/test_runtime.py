@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from launch import run
 
 
-@pytest.mark.parametrize("name", ["runtime_program.py", "shard_program.py"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_over_processes(ranks, name):
-    run(name, ranks)
+def test_over_processes(ranks):
+    run("runtime_program.py", ranks)
+
+
+def test_the_compiler_is_not_imported_before_it_is_used():
+    code = "import sys, magi_attention.api.magi_attn_interface; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_by_two_hops():

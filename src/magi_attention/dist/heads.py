@@ -59,7 +59,6 @@ def can_split(num_heads: int, num_kv_heads: int, num_ranks: int) -> bool:
     return num_heads % num_ranks == 0 and num_kv_heads % num_ranks == 0
 
 
-@torch.compiler.disable
 def attend_by_heads(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -25,6 +25,7 @@ from magi_attention.dist.group import ranks_of
 from magi_attention.dist.heads import HeadWork, attend_by_heads, can_split
 from magi_attention.dist.key import DistAttnRuntimeKey
 from magi_attention.dist.key_placement import place_keys
+from magi_attention.dist.outside_graphs import outside_graphs
 from magi_attention.dist.placement import place
 from magi_attention.dist.runtime import Work, attend
 from magi_attention.dist.shard import Shards
@@ -147,12 +148,15 @@ class DistAttnRuntimeMgr:
             found.update(np.ascontiguousarray(ranges, dtype=np.int64).tobytes() + b";")
         return found.hexdigest()
 
+    @outside_graphs
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> tuple:
         """``runtime.attend`` of this rank's rows, or ``heads.attend_by_heads``."""
         work = self._works.get(q.device)
         if work is None:
             work = self._works[q.device] = self._work(q.device)
-        return (attend_by_heads if isinstance(work, HeadWork) else attend)(q, k, v, work, **settings)
+        if isinstance(work, HeadWork):
+            return attend_by_heads(q, k, v, work, **settings)
+        return attend(q, k, v, work, **settings)
 
     def _work(self, device: torch.device) -> Work | HeadWork:
         key, overlap = self.key, self.key.dist_attn_config.overlap_config

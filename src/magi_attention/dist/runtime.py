@@ -83,7 +83,6 @@ class Work:
         return Work(Mask(joined.bands, share.num_rows, num_cols), moves, group, places, False, sm_margin)
 
 
-@torch.compiler.disable
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
