@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.common.recent import Recent
+from magi_attention.dist.outside_graphs import outside_graphs
 from magi_attention.dist.shard import Shards
 
 
@@ -25,6 +26,7 @@ class _Move:
 _moves: Recent[tuple[Shards, _Move]] = Recent(64)
 
 
+@outside_graphs
 def roll(local: torch.Tensor, shift: int, shards: Shards) -> torch.Tensor:
     """This rank's rows of the tensor rolled by ``shift`` along its real rows; padding stays where it is."""
     shift = shift % shards.length if shards.length else 0

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.common.intervals import Intervals, total_size
+from magi_attention.dist.outside_graphs import outside_graphs
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The older name is deprecated in torch 2.13, the newer one absent before."""
@@ -46,6 +47,7 @@ class Shards:
     def _copies(self) -> dict[tuple[str, torch.device], torch.Tensor]:
         return {}
 
+    @outside_graphs
     def _on(self, device: torch.device, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What ``make`` gives, copied to a device once."""
         found = self._copies.get((name, device))
@@ -98,11 +100,13 @@ def _positions(ranges: Intervals) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.arange(0), *parts]))
 
 
+@outside_graphs
 def dispatch(x: torch.Tensor, shards: Shards, pad_value: float = 0.0) -> torch.Tensor:
     """This rank's rows of ``x``, which all ranks have; the gradient of ``x`` is complete on every rank."""
     return _Dispatch.apply(x, shards, pad_value)
 
 
+@outside_graphs
 def undispatch(local: torch.Tensor, shards: Shards, is_partial_grad: bool = False) -> torch.Tensor:
     """The tensor whose rows the ranks hold, on every rank.
 
