@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -135,6 +134,9 @@ class _Home:
 class TwoHops:
     """From each owner once to each node, and on from there; as ``Relay`` says it.
 
+    The hop between nodes is the one that is hidden behind computation. What comes next on the device waits for the other,
+    which takes little time within a node.
+
     Gradients that ranks of a node have of the same key are summed in fp32 before they leave it. The sum crosses in the
     gradients' own dtype: it is rounded once more, as each of its terms was, but twice as many bytes between nodes would
     cost much of what summing before saves. What stays in the node is not rounded again.
@@ -185,21 +187,18 @@ class TwoHops:
             handed = lane.index_select(0, self.hand.index)
             return _Hop(handed, self.hand.sizes, received, self.passed_sizes, self.within)
 
-        return _Sorted(_Relayed(second, sent.device), self)
+        return _HandedOn(second, self)
 
     def give_back(self, gradient: torch.Tensor) -> Return:
         passed = _empty(gradient, sum(self.hand.sizes))
-        first = _Hop(self._by_lane(gradient), self.passed_sizes, passed, self.hand.sizes, self.within)
+        within = _Hop(self._by_lane(gradient), self.passed_sizes, passed, self.hand.sizes, self.within)
         sums = torch.promote_types(gradient.dtype, torch.float32)
         lane = gradient.new_zeros(sum(self._lane_sizes), *gradient.shape[1:], dtype=sums)
         near, far = lane.split(self._lane_sizes)
+        self.hand.add(lane, within.land())
         arrived = _empty(gradient, sum(self.send.sizes))
-
-        def second() -> _Hop:
-            self.hand.add(lane, first.land())
-            return _Hop(far.to(gradient.dtype), self.arrive_sizes, arrived, self.send.sizes, self.across)
-
-        return _Summed(_Relayed(second, gradient.device), near, self)
+        across = _Hop(far.to(gradient.dtype), self.arrive_sizes, arrived, self.send.sizes, self.across)
+        return _Summed(across, near, self)
 
     def by_owner(self, received: torch.Tensor) -> torch.Tensor:
         """What the node's ranks sent, in the order of owners."""
@@ -211,28 +210,15 @@ class TwoHops:
         return torch.cat([parts[owner] for owner in self.order])
 
 
-class _Relayed:
-    """A second hop, which begins when the first has landed.
-
-    A GPU is told so at once, on a stream beside the one that computes, which waits on landing only. A host would have to
-    wait itself, so that there it begins on landing.
-    """
-
-    def __init__(self, start: Callable[[], _Hop], device: torch.device) -> None:
-        self._start, self._hop = start, None if device.type == "cpu" else _beside(start, device)
-
-    def land(self) -> torch.Tensor:
-        hop = self._start() if self._hop is None else self._hop
-        return hop.land()
-
-
 @dataclass(frozen=True, eq=False)
-class _Sorted:
-    flight: Flight
+class _HandedOn:
+    """Rows whose second hop begins when they are wanted."""
+
+    second: Callable[[], _Hop]
     way: TwoHops
 
     def land(self) -> torch.Tensor:
-        return self.way.by_owner(self.flight.land())
+        return self.way.by_owner(self.second().land())
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,22 +228,8 @@ class _Summed:
     way: TwoHops
 
     def add_to(self, own: torch.Tensor) -> None:
-        far = self.flight.land()  # from here on the sums of the own node are there, too
         self.way.own.add(own, self.near)
-        self.way.send.add(own, far)
-
-
-def _beside(start: Callable[[], _Hop], device: torch.device) -> _Hop:
-    """``start`` on the device's other stream; what it writes to must have been allocated before, on the current one."""
-    stream = _stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        return start()
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+        self.way.send.add(own, self.flight.land())
 
 
 def _empty(like: torch.Tensor, num_rows: int) -> torch.Tensor:
