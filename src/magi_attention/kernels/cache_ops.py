@@ -83,7 +83,7 @@ def _kernels_for(problem: CacheProblem) -> Any:
     from magi_attention.kernels.triton import decode_launch as portable
 
     name = env.backend_override()
-    if name == "triton" or (name is None and not runs_on_hopper(problem.q, problem.v)):
+    if name == "triton" or not runs_on_hopper(problem.q, problem.v):
         return portable
     from magi_attention.kernels.hopper import decode_launch as hopper
 
