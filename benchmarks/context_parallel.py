@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cp_peers import Peer, shards_of
-from benchmarks.cp_ranks import Ranks, sample
+from benchmarks.cp_ranks import Ranks, median_seconds
 from benchmarks.planner import packs
 from benchmarks.report import Report, Row, environment
 from magi_attention import Mask, attention
@@ -204,9 +204,13 @@ def measure_ranks(
     torch.manual_seed(0)
     shapes = [(tokens, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     data = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
-    ranks = Ranks(mask, args.ranks, cost.Heads(HEADS, KV_HEADS, HEAD_DIM))
+    heads = cost.Heads(HEADS, KV_HEADS, HEAD_DIM)
+    ranks = Ranks(mask, args.ranks, heads)
     alone = [x[:, : x.shape[1] // args.ranks].contiguous() for x in data]
-    samples = {ALONE: alone_seconds(mask, alone, args.rounds), OURS: ranks.slowest(data, args.rounds)}
+    samples = {
+        ALONE: median_seconds(alone[:3], alone[3], Work(mask, (), None), args.rounds),
+        OURS: ranks.slowest(data, args.rounds),
+    }
     for subject, seconds in samples.items():
         for direction, value in zip(("forward", "backward"), seconds, strict=True):
             row = Row(name, tokens, HEADS, KV_HEADS, HEAD_DIM, "bf16", direction, subject, subject == OURS,
@@ -214,21 +218,8 @@ def measure_ranks(
             row.rounds, row.timed = args.rounds, "events around one call, slowest rank, without transfers"
             row.fill({"seconds": value, "seconds_q1": value, "seconds_q3": value})
             report.add([row])
-    heads = cost.Heads(HEADS, KV_HEADS, HEAD_DIM)
     report.add_cost(f"plan of {name} {tokens}", in_line(explain_plan(ranks.exchange, heads)))
     add_targets(report, name, tokens)
-
-
-def alone_seconds(mask: Mask, data: list[torch.Tensor], rounds: int) -> tuple[float, float]:
-    """Of the kernel on all tokens of ``data``."""
-    work = Work(mask, (), None)
-    *leaves, dout = data
-    for leaf in leaves:
-        leaf.requires_grad_()
-    forward, backward = np.median(
-        [sample(leaves, dout, work) for _ in range(rounds + 2)][2:], axis=0
-    ).tolist()
-    return forward, backward
 
 
 def reference(mask: Mask, data: list[torch.Tensor]) -> list[torch.Tensor]:

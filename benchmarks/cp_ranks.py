@@ -20,6 +20,7 @@ from magi_attention.dist.exchange import Exchange
 from magi_attention.dist.key import automatic_chunk_size
 from magi_attention.dist.placement import place
 from magi_attention.dist.runtime import Move, Work, attend
+from magi_attention.dist.shard import positions_of
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,9 @@ class Ranks:
             mask = Mask(share.joined.bands, share.num_rows, sum(map(len, places)))
             work = replace(work, mask=mask, places=places)
         work = replace(work, moves=moves)
-        own = _rows(self.ranges[rank], device)
+        own = positions_of(self.ranges[rank]).to(device)
         *leaves, dout = (x.index_select(0, own) for x in data)
-        for leaf in leaves:
-            leaf.requires_grad_()
-        samples = [sample(leaves, dout, work) for _ in range(rounds + 2)][2:]
-        forward, backward = np.median(samples, axis=0).tolist()
-        return forward, backward
+        return median_seconds(leaves, dout, work, rounds)
 
     def slowest(self, data: list[torch.Tensor], rounds: int) -> tuple[float, float]:
         """Seconds forward and backward of the ranks that take longest."""
@@ -86,13 +83,19 @@ class Ranks:
 
     @staticmethod
     def _keys(data: list[torch.Tensor], ranges: np.ndarray) -> torch.Tensor:
-        rows = _rows(ranges, data[1].device)
+        rows = positions_of(ranges).to(data[1].device)
         return torch.cat([x.index_select(0, rows) for x in data[1:3]], dim=-1)
 
 
-def _rows(ranges: np.ndarray, device: torch.device) -> torch.Tensor:
-    parts = [np.arange(begin, end) for begin, end in np.asarray(ranges).reshape(-1, 2)]
-    return torch.from_numpy(np.concatenate([np.arange(0), *parts])).to(device)
+def median_seconds(
+    leaves: list[torch.Tensor], dout: torch.Tensor, work: Work, rounds: int
+) -> tuple[float, float]:
+    """Forward and backward, after two rounds that do not count."""
+    for leaf in leaves:
+        leaf.requires_grad_()
+    samples = [sample(leaves, dout, work) for _ in range(rounds + 2)][2:]
+    forward, backward = np.median(samples, axis=0).tolist()
+    return forward, backward
 
 
 def sample(leaves: list[torch.Tensor], dout: torch.Tensor, work: Work) -> tuple[float, float]:

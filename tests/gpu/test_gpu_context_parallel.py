@@ -15,10 +15,15 @@ pytestmark = [pytest.mark.multi_gpu]
 PROGRAM = Path(__file__).parents[1] / "dist" / "nccl_program.py"
 
 
+def needs(ranks: int) -> None:
+    """Skip where there are fewer GPUs."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")
+
+
 def run(ranks: int, *arguments: str) -> None:
     """The program under torchrun; it must end well."""
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
+    needs(ranks)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(PROGRAM)
     ]  # fmt: skip
@@ -43,6 +48,5 @@ def test_a_captured_call():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_documented_example(ranks, tmp_path):
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
+    needs(ranks)
     documented_example(ranks, "verbatim", tmp_path)

@@ -98,9 +98,14 @@ class Chunks:
         )
 
     def _sums(self, values: Ints, chunk: Ints | None = None) -> Ints:
-        found = np.zeros(len(self), dtype=np.int64)
-        np.add.at(found, self.chunk if chunk is None else chunk, values)
-        return found
+        return sums(values, self.chunk if chunk is None else chunk, len(self))
+
+
+def sums(values: Ints, label: Ints, count: int) -> Ints:
+    """(count,) of the values with each label."""
+    found = np.zeros(count, dtype=np.int64)
+    np.add.at(found, label, values)
+    return found
 
 
 def spread(places: Intervals, row: Ints, num_rows: int, width: int) -> NDArray[np.int16]:

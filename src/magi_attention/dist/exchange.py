@@ -11,7 +11,7 @@ ranks never meet. Who sends it is found for one rank only, as receiver and as se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.common.intervals import Intervals, difference, merge, offsets, stack, total_size, unstack
 from magi_attention.config import GreedyOverlapAlg, OverlapConfig, UniformOverlapAlg
-from magi_attention.dist.chunks import Ints, work_of
+from magi_attention.dist.chunks import Ints, sums, work_of
 from magi_attention.dist.cost import Heads, Loads, Machine, choose_degree
 from magi_attention.dist.relay import Relay, column_of, node_of
 from magi_attention.errors import complaint
@@ -88,7 +88,10 @@ class Exchange:
         one = Exchange(bands, queries, keys, 1, overlap, nodes)
         most = min(overlap.dynamic_max_degree or overlap.max_num_chunks, int(one._num_chunks.max(initial=0)))
         machine = (machine or Machine()).scaled(overlap.calc_cost_factor, overlap.comm_cost_factor)
-        return replace(one, degree=choose_degree(one.loads(num_nodes), heads, most, machine))
+        degree = choose_degree(one.loads(num_nodes), heads, most, machine)
+        # A copy would find again what is known by now, of which nothing depends on the degree.
+        object.__setattr__(one, "degree", degree)
+        return one
 
     @property
     def num_ranks(self) -> int:
@@ -131,7 +134,7 @@ class Exchange:
     def received(self) -> Ints:
         """(r,) how many keys each rank receives."""
         ranges, rank = unstack(self.remote, self.stride)
-        return _sums(ranges[:, 1] - ranges[:, 0], rank, self.num_ranks)
+        return sums(ranges[:, 1] - ranges[:, 0], rank, self.num_ranks)
 
     def traffic(self, num_nodes: int = 1) -> Traffic:
         """What travels within and between nodes of as many neighbouring ranks each.
@@ -152,9 +155,9 @@ class Exchange:
         copies = (holder[:, None] * size + np.arange(size)).ravel()
         around = merge(stack(np.repeat(held, size, axis=0), copies, stride))
         far, rank = unstack(difference(self.seen, around), stride)
-        between = _sums(far[:, 1] - far[:, 0], rank, ranks)
+        between = sums(far[:, 1] - far[:, 0], rank, ranks)
         return Traffic(
-            self.received, self.received - between, between, _sums(once[:, 1] - once[:, 0], node, num_nodes)
+            self.received, self.received - between, between, sums(once[:, 1] - once[:, 0], node, num_nodes)
         )
 
     def loads(self, num_nodes: int = 1) -> Loads:
@@ -165,8 +168,8 @@ class Exchange:
         pieces, rank = self.pieces
         moved = _moved(pieces, rank, self.stride)
         own, piece, _ = split(moved, self.own, K0)
-        ours = _sums(areas(own), rank[piece], self.num_ranks)
-        whole = _sums(areas(pieces), rank, self.num_ranks)
+        ours = sums(areas(own), rank[piece], self.num_ranks)
+        whole = sums(areas(pieces), rank, self.num_ranks)
         tight = compact(self.bands)
         work, area = int(work_of(tight, int(tight[:, Q1].max(initial=0)))[0].sum()), max(int(whole.sum()), 1)
         rows = np.array([total_size(np.asarray(table).reshape(-1, 2)) for table in self.queries])
@@ -228,7 +231,7 @@ class Exchange:
             pieces = self.pieces[0][np.isin(self.pieces[1], ranks)]
             order = np.argsort(parts.begin, kind="stable")
             inside, _, of = split(pieces, np.stack([parts.begin, parts.end], axis=1)[order], K0)
-            found.append(_sums(areas(inside), parts.stage[order][of], count))
+            found.append(sums(areas(inside), parts.stage[order][of], count))
         return found
 
     def _incoming(self, ranks: Ints) -> _Parts:
@@ -401,7 +404,7 @@ class _Parts:
 
     def cut(self, num_chunks: Ints, stages: Sequence[Ints], unit: int) -> _Parts:
         """Each peer's block in ``num_chunks[peer]`` parts, alike but for whole units, in the stages that are given."""
-        sizes = _sums(self.end - self.begin, self.peer, self.num_peers)
+        sizes = sums(self.end - self.begin, self.peer, self.num_peers)
         counts = np.where(sizes > 0, num_chunks, 0)
         of = np.repeat(np.arange(self.num_peers), counts)
         number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -500,16 +503,10 @@ def _moved(bands: Bands, rank: Ints, stride: int) -> Bands:
     return moved
 
 
-def _sums(values: Ints, label: Ints, count: int) -> Ints:
-    found = np.zeros(count, dtype=np.int64)
-    np.add.at(found, label, values)
-    return found
-
-
 def _even(costs: Ints, num_stages: int) -> Ints:
     """The stage of each chunk: the costliest first, to the stage with the least."""
-    stage, sums = np.zeros(len(costs), dtype=np.int64), [0] * num_stages
+    stage, totals = np.zeros(len(costs), dtype=np.int64), [0] * num_stages
     for chunk in np.argsort(costs, kind="stable")[::-1].tolist():
-        stage[chunk] = sums.index(min(sums))
-        sums[stage[chunk]] += int(costs[chunk])
+        stage[chunk] = totals.index(min(totals))
+        totals[stage[chunk]] += int(costs[chunk])
     return stage

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from magi_attention.dist.chunks import Ints, work_of
+from magi_attention.dist.chunks import Ints, sums, work_of
 from magi_attention.dist.cost import Heads, Loads, Machine, step_us, strategy
 from magi_attention.dist.exchange import Exchange
 from magi_attention.mask.bands import Q1
@@ -76,9 +74,7 @@ def tile_work(exchange: Exchange) -> Ints:
     """(r,) pairs in all tiles that hold a visible one of each rank's rows, as placement counts them."""
     pieces, rank = exchange.pieces
     work, which = work_of(pieces, int(pieces[:, Q1].max(initial=0)))
-    found = np.zeros(exchange.num_ranks, dtype=np.int64)
-    np.add.at(found, rank[which], work)
-    return found
+    return sums(work, rank[which], exchange.num_ranks)
 
 
 def _named(by_heads: bool) -> str:

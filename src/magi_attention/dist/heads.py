@@ -9,7 +9,6 @@ The method is that of DeepSpeed-Ulysses (arXiv:2309.14509).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,19 +38,6 @@ class HeadWork:
     def num_ranks(self) -> int:
         """How many."""
         return len(self.q_shards.sizes)
-
-    @cached_property
-    def _orders(self) -> dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]]:
-        return {}
-
-    def orders(self, shards: Shards, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the ranks' rows, one rank's behind the other's: which is where in the sequence, and back."""
-        key = id(shards), device
-        found = self._orders.get(key)
-        if found is None:
-            positions = torch.cat(shards.positions)
-            found = self._orders[key] = (positions.argsort().to(device), positions.to(device))
-        return found
 
 
 def can_split(num_heads: int, num_kv_heads: int, num_ranks: int) -> bool:
@@ -99,21 +85,20 @@ def attend_by_heads(
 
 def _to_heads(x: torch.Tensor, shards: Shards, work: HeadWork) -> torch.Tensor:
     """(own tokens, heads, ...) to (all tokens in order, own heads, ...)."""
-    order, _ = work.orders(shards, x.device)
     sent = x.unflatten(1, (work.num_ranks, -1)).transpose(0, 1).contiguous()
     received = x.new_empty(sum(shards.sizes), *sent.shape[2:])
     dist.all_to_all_single(
         received, sent.flatten(0, 1), shards.sizes, [len(x)] * work.num_ranks, group=work.group
     )
-    return received.index_select(0, order)
+    return received.index_select(0, shards.order(x.device))
 
 
 def _to_rows(x: torch.Tensor, shards: Shards, work: HeadWork) -> torch.Tensor:
     """(all tokens in order, own heads, ...) to (own tokens, heads, ...)."""
-    _, order = work.orders(shards, x.device)
     own, ranks = shards.sizes[shards.rank], work.num_ranks
     received = x.new_empty(ranks * own, *x.shape[1:])
-    dist.all_to_all_single(received, x.index_select(0, order), [own] * ranks, shards.sizes, group=work.group)
+    sent = x.index_select(0, shards.together(x.device))
+    dist.all_to_all_single(received, sent, [own] * ranks, shards.sizes, group=work.group)
     return received.unflatten(0, (ranks, own)).transpose(0, 1).flatten(1, 2)
 
 

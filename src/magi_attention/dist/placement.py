@@ -27,7 +27,7 @@ from magi_attention.config import (
     ZigzagDispatchAlg,
 )
 from magi_attention.dist.balance import balanced
-from magi_attention.dist.chunks import Chunks, Ints
+from magi_attention.dist.chunks import Chunks, Ints, sums
 from magi_attention.dist.cost import DIRECTIONS, TYPICAL, Machine, attention_us, transfer_us
 from magi_attention.errors import complaint
 
@@ -93,9 +93,7 @@ def _received(chunks: Chunks, rank: Ints) -> int:
         for ranges, chunk in (unstack(table, chunks.stride) for table in (chunks.needed, chunks.held))
     )
     ranges, of = unstack(difference(needed, held), chunks.stride)
-    counts = np.zeros(int(rank.max()) + 1, dtype=np.int64)
-    np.add.at(counts, of, ranges[:, 1] - ranges[:, 0])
-    return int(counts.max())
+    return int(sums(ranges[:, 1] - ranges[:, 0], of, int(rank.max()) + 1).max())
 
 
 def bound(alg: DispatchAlg, chunks: Chunks, num_ranks: int) -> float:
@@ -227,8 +225,7 @@ def _(alg: ZigzagDispatchAlg, chunks: Chunks, num_ranks: int) -> Partition:
 @_place.register
 def _(alg: SortedSequentialSelectAlg, chunks: Chunks, num_ranks: int) -> Partition:
     weights, samples = chunks.areas, chunks.sample
-    of_sample = np.zeros(samples.max(initial=-1) + 2, dtype=np.int64)
-    np.add.at(of_sample, samples + 1, weights)
+    of_sample = sums(weights, samples + 1, int(samples.max(initial=-1)) + 2)
     order = np.lexsort((np.arange(len(chunks)), samples, -of_sample[samples + 1])).tolist()
     most = -(-len(chunks) // num_ranks)
     enough = alg.allocation_ratio * int(weights.sum()) / num_ranks

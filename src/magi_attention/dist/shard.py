@@ -41,7 +41,7 @@ class Shards:
     @cached_property
     def positions(self) -> tuple[torch.Tensor, ...]:
         """Global positions of the rows of each rank, on the host."""
-        return tuple(_positions(part) for part in self.ranges)
+        return tuple(positions_of(part) for part in self.ranges)
 
     @cached_property
     def _copies(self) -> dict[tuple[str, torch.device], torch.Tensor]:
@@ -59,12 +59,13 @@ class Shards:
         """Positions of this rank's rows, padding included: global ones, of tokens."""
         return self._on(device, "own", lambda: self.positions[self.rank])
 
-    def _all(self, device: torch.device) -> torch.Tensor:
-        return self._on(device, "all", lambda: torch.cat(self.positions))
+    def together(self, device: torch.device) -> torch.Tensor:
+        """Positions of the rows of all ranks, padding included, one rank's behind the other's."""
+        return self._on(device, "together", lambda: torch.cat(self.positions))
 
-    def _order(self, device: torch.device) -> torch.Tensor:
-        """Where each row is, once those of all ranks lie one behind the other."""
-        return self._on(device, "order", lambda: torch.cat(self.positions).argsort()[: self.length])
+    def order(self, device: torch.device) -> torch.Tensor:
+        """Where each row is, padding included, once those of all ranks lie one behind the other."""
+        return self._on(device, "order", lambda: torch.cat(self.positions).argsort())
 
     def take(self, x: torch.Tensor, pad_value: float = 0.0) -> torch.Tensor:
         """This rank's rows of ``x``, rows of ``pad_value`` where it has none."""
@@ -83,19 +84,20 @@ class Shards:
         whole = padded.new_empty(most * len(self.sizes), *local.shape[1:])
         all_gather(whole, padded, group=self.group)
         parts = [part[:size] for part, size in zip(whole.split(most), self.sizes, strict=True)]
-        return torch.cat(parts).index_select(0, self._order(local.device))
+        return torch.cat(parts).index_select(0, self.order(local.device)[: self.length])
 
     def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of the sum of all ranks' ``x``, added in the order of ranks; zeros for padding."""
         padded = torch.cat([x, x.new_zeros(sum(self.sizes) - len(x), *x.shape[1:])])
-        sent = padded.index_select(0, self._all(x.device))
+        sent = padded.index_select(0, self.together(x.device))
         own = self.sizes[self.rank]
         received = x.new_empty(own * len(self.sizes), *x.shape[1:])
         dist.all_to_all_single(received, sent, [own] * len(self.sizes), self.sizes, group=self.group)
         return received.view(len(self.sizes), own, *x.shape[1:]).sum(0)
 
 
-def _positions(ranges: Intervals) -> torch.Tensor:
+def positions_of(ranges: Intervals) -> torch.Tensor:
+    """All positions in ranges, one range's behind the other's."""
     parts = [np.arange(begin, end) for begin, end in np.asarray(ranges, dtype=np.int64).reshape(-1, 2)]
     return torch.from_numpy(np.concatenate([np.arange(0), *parts]))
 
